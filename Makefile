@@ -1,0 +1,36 @@
+# Each target sets up what it needs: a virtual environment with a CPU build of torch (constraints.txt).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint train-testbed clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch" setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.ready  ## a real video through the embedded model, dense and three ways reduced
+	$(BIN)/tokenreduce run demo --question "Which number is written on the red tile?" \
+		--pipeline framefusion --pipeline fastv --pipeline streaming_llm --output demo --force
+
+test: $(VENV)/.ready  ## the tests
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.ready  ## the tests and the long ones: thousands of random cases
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(VENV)/.ready  ## ruff, mypy, and the layering of the packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=adapters $(BIN)/lint-imports
+
+train-testbed: $(VENV)/.ready  ## train the embedded model anew (a few CPU hours, resumable)
+	$(BIN)/python -m tokenreduce.testbed.train
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,56 @@
+"""tokenreduce: token reduction for video LVLMs, inside unmodified Hugging Face models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tokenreduce.budget import Budget
+    from tokenreduce.engine.attach import Run, attach, reduce
+    from tokenreduce.errors import TokenReduceError
+    from tokenreduce.layout import TokenLayout
+    from tokenreduce.models import load_model, prepare
+    from tokenreduce.pipeline import Pipeline, load_pipeline
+    from tokenreduce.reduction import Reduction
+    from tokenreduce.trace import Trace
+
+_HOME = {
+    "Budget": "tokenreduce.budget",
+    "Pipeline": "tokenreduce.pipeline",
+    "Reduction": "tokenreduce.reduction",
+    "Run": "tokenreduce.engine.attach",
+    "TokenLayout": "tokenreduce.layout",
+    "TokenReduceError": "tokenreduce.errors",
+    "Trace": "tokenreduce.trace",
+    "attach": "tokenreduce.engine.attach",
+    "load_model": "tokenreduce.models",
+    "load_pipeline": "tokenreduce.pipeline",
+    "prepare": "tokenreduce.models",
+    "reduce": "tokenreduce.engine.attach",
+}
+
+__all__ = [
+    "Budget",
+    "Pipeline",
+    "Reduction",
+    "Run",
+    "TokenLayout",
+    "TokenReduceError",
+    "Trace",
+    "attach",
+    "load_model",
+    "load_pipeline",
+    "prepare",
+    "reduce",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported on first use: the command line answers --help without loading torch."""
+    from importlib import import_module
+
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tokenreduce' has no attribute '{name}'")

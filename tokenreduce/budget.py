@@ -1,0 +1,307 @@
+"""What may remain, in any unit, and how many tokens each coming layer may therefore hold.
+
+`Budget` is the declaration; `Account` is one sequence's running account of it. Everything is integer or rational
+arithmetic on token counts: no tensor, no rounding surprises. Paper: FrameFusion §5.1 (token budget) and §9, Eq. 4.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tokenreduce.cost import DecoderShape, prefill_flops
+from tokenreduce.errors import BudgetError
+from tokenreduce.strategy import SITE_ORDER, Site
+
+SPAN_BLOCK = 128
+"""Queries per block of an attention over a span."""
+
+_SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgtp]?i?)(b|bytes|flops?)?\s*", re.IGNORECASE)
+
+
+class Budget(BaseModel):
+    """What remains, never what is removed. Exactly one of `tokens`, `flops`, `kv_cache`.
+
+    A number in (0, 1] is relative to the dense prefill of the same input; anything else is absolute, per sequence.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: float | int | None = Field(
+        None, description="Mean over layers of the tokens held: a share in (0, 1] of the input, or a number of tokens."
+    )
+    flops: float | int | str | None = Field(
+        None, description="FLOPs of the decoder's prefill: a share in (0, 1], or an amount such as `12.5T`."
+    )
+    kv_cache: float | int | str | None = Field(
+        None, description="KV cache after the prefill: a share in (0, 1], or an amount such as `512MiB`."
+    )
+    of: Literal["all", "vision"] = Field(
+        "all", description="Whether a share of tokens counts text too (the paper) or reducible vision tokens only."
+    )
+    arithmetic: Literal["exact", "released"] = Field(
+        "exact",
+        description="`exact` never exceeds the budget; `released` rounds as the released FrameFusion code does.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        given = [unit for unit in ("tokens", "flops", "kv_cache") if getattr(self, unit) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget has exactly one of tokens, flops, kv_cache; got {', '.join(given) or 'none'}")
+        amount = self.amount
+        if self.unit == "tokens" and amount > 1 and amount.denominator != 1:
+            raise ValueError(f"a token budget is a share in (0, 1] or a whole number of tokens, got {float(amount):g}")
+        if not self.relative and (self.of == "vision" or self.arithmetic == "released"):
+            raise ValueError("`of: vision` and `arithmetic: released` need a budget that is a share in (0, 1]")
+        if self.unit == "flops" and (self.of == "vision" or self.arithmetic == "released"):
+            raise ValueError("`of: vision` and `arithmetic: released` go with tokens or kv_cache, not with flops")
+        if self.arithmetic == "released" and self.of != "vision":
+            raise ValueError("`arithmetic: released` counts vision tokens: add `of: vision`")
+        return self
+
+    @property
+    def unit(self) -> Literal["tokens", "flops", "kv_cache"]:
+        """The unit the budget is given in."""
+        if self.tokens is not None:
+            return "tokens"
+        return "flops" if self.flops is not None else "kv_cache"
+
+    @property
+    def amount(self) -> Fraction:
+        """The number as it was written: 0.3 is 3/10, not its binary neighbour."""
+        return _number(getattr(self, self.unit), self.unit)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the amount is a share of the dense prefill."""
+        return self.amount <= 1
+
+    @classmethod
+    def parse(cls, value: Any) -> Budget:
+        """A Budget from a Budget, a share in (0, 1] (of tokens), or a mapping. Raises BudgetError."""
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, (int, float, str)):
+            share = _number(value, "tokens")
+            if share > 1:
+                raise BudgetError(
+                    f"budget {value} is above 1: a bare budget is the share that remains, in (0, 1]; "
+                    "write {tokens: N} for a number of tokens"
+                )
+            value = {"tokens": float(share)}
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BudgetError(
+                f"budget{'.' + where if where else ''}: {first['msg'].removeprefix('Value error, ')}"
+            ) from None
+
+    def __str__(self) -> str:
+        value = getattr(self, self.unit)
+        return f"{self.unit} {value}{' of vision tokens' if self.of == 'vision' else ''}"
+
+
+def _number(value: Any, unit: str) -> Fraction:
+    """The positive amount `value` stands for; BudgetError where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise BudgetError(f"budget {unit}: expected a number, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BudgetError(f"budget {unit}: expected a finite number above 0, got {value}")
+    if isinstance(value, str):
+        match = _QUANTITY.fullmatch(value)
+        scale = (_BINARY | _SCALES).get(match[2].lower()) if match else None
+        if match is None or scale is None:
+            raise BudgetError(
+                f"budget {unit}: cannot read {value!r}; write a share such as 0.3 or an amount such as 512MiB"
+            )
+        number = Fraction(match[1]) * scale
+    else:
+        number = Fraction(repr(value))
+    if number <= 0:
+        raise BudgetError(f"budget {unit}: expected a number above 0, got {value}")
+    return number
+
+
+Change = tuple[Site, int]
+"""From this site on, so many tokens."""
+
+
+@dataclass
+class Account:
+    """What one sequence has spent of its budget, layer by layer, and what it can still afford.
+
+    Args:
+        budget: the declaration. shape: the decoder. total: tokens of the sequence. reducible: those a stage may touch.
+        cache_bytes: bytes of one KV cache element.
+        attn, ffn, kv: tokens that went through the attention and the FFN of each layer so far, and that its cache holds.
+        pairs: (query, key) pairs of each layer's attention; None for a full square.
+        selector_flops: FLOPs spent on computing importance.
+    """
+
+    budget: Budget | None
+    shape: DecoderShape
+    total: int
+    reducible: int
+    cache_bytes: int = 2
+    attn: list[int] = field(default_factory=list)
+    ffn: list[int] = field(default_factory=list)
+    kv: list[int] = field(default_factory=list)
+    pairs: list[int | None] = field(default_factory=list)
+    selector_flops: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that always stay."""
+        return self.total - self.reducible
+
+    @property
+    def limit(self) -> Fraction:
+        """The budget in the unit's own coin: token·layers, or FLOPs."""
+        assert self.budget is not None
+        amount, layers = self.budget.amount, self.shape.layers
+        if self.budget.unit == "flops":
+            dense = [self.total] * layers
+            return amount * prefill_flops(self.shape, dense, dense) if self.budget.relative else amount
+        if self.budget.relative:
+            return amount * layers * (self.reducible if self.budget.of == "vision" else self.total)
+        if self.budget.unit == "tokens":
+            return amount * layers
+        return amount / (2 * self.shape.kv_heads * self.shape.head_dim * self.cache_bytes)
+
+    def cost(self, attn: Sequence[int], ffn: Sequence[int], kv: Sequence[int], pairs: Sequence[int | None]) -> int:
+        """What token counts for all layers would come to, in the coin of `limit`."""
+        assert self.budget is not None
+        if self.budget.unit == "flops":
+            return prefill_flops(self.shape, attn, ffn, pairs=pairs) + self.selector_flops
+        return sum(kv) - (self.fixed * len(kv) if self.budget.of == "vision" else 0)
+
+    def project(self, now: int, changes: Sequence[Change]) -> int:
+        """Cost of the whole forward if the sequence, with `now` tokens, goes on through `changes`."""
+        attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
+        pending = {site.order: count for site, count in changes}
+        count = now
+        for layer in range(min(len(attn), len(ffn)), self.shape.layers):
+            for step, kind in enumerate(SITE_ORDER):
+                count = pending.get(3 * layer + step, count)
+                if kind == "kv" and layer >= len(attn):
+                    attn.append(count)
+                    kv.append(count)
+                    pairs.append(None)
+                if kind == "pre_ffn" and layer >= len(ffn):
+                    ffn.append(count)
+        return self.cost(attn, ffn, kv, pairs)
+
+    def affordable(self, now: int, changes: Sequence[Change]) -> bool:
+        """Whether that meets the budget."""
+        return self.project(now, changes) <= self.limit
+
+    def allowance(self, site: Site, reducible: int, later: Sequence[Site] = ()) -> int:
+        """The most reducible tokens that may stay from `site` on; −1 if not even none does.
+
+        reducible: how many there are now. later: sites at which the same stage will act again; it is taken to keep the same
+        share at each of them (PyramidDrop's schedule).
+        """
+
+        def fits(keep: int) -> bool:
+            return self.affordable(self.fixed + reducible, list(self._falling(site, later, keep, reducible)))
+
+        if not fits(0):
+            return -1
+        low, high = 0, reducible
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    def _falling(self, site: Site, later: Sequence[Site], keep: int, reducible: int) -> Iterator[Change]:
+        share = Fraction(keep, max(reducible, 1))
+        for power, at in enumerate((site, *later)):
+            yield at, self.fixed + int(keep * share**power)
+
+    def kv_allowance(self, layer: int, scheduled: Sequence[int], tokens: int, span: bool) -> int:
+        """The most tokens that the KV cache of `layer` and of each later layer in `scheduled` may hold; −1 if none.
+
+        tokens: tokens alive. span: whether queries see a moving span instead of merged keys, see `kv_pairs`.
+        """
+        coming = [at for at in scheduled if at >= layer]
+
+        def fits(held: int) -> bool:
+            attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
+            for at in range(layer, self.shape.layers):
+                reduced = at in coming
+                attn.append(tokens)
+                ffn.append(tokens)
+                kv.append(held if reduced else tokens)
+                pairs.append(kv_pairs(tokens, held, span) if reduced else None)
+            return self.cost(attn, ffn, kv, pairs) <= self.limit
+
+        if not fits(0):
+            return -1
+        low, high = 0, tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    def share(self, cost: int) -> float:
+        """`cost` as a share of the dense prefill, in the budget's unit: what to ask for so that `cost` fits."""
+        assert self.budget is not None
+        dense = [self.total] * self.shape.layers
+        return cost / max(self.cost(dense, dense, dense, [None] * len(dense)), 1)
+
+    def refusal(self, least: int) -> BudgetError:
+        """The error for a budget that even `least`, the cost of the smallest allowed choice, exceeds."""
+        assert self.budget is not None
+        if self.budget.relative:
+            smallest = f"{math.ceil(self.share(least) * 1e4) / 1e4:g}"
+        elif self.budget.unit == "tokens":
+            smallest = f"{math.ceil(least / self.shape.layers)} tokens"
+        elif self.budget.unit == "flops":
+            smallest = f"{least:.4g} FLOPs"
+        else:
+            smallest = f"{least * 2 * self.shape.kv_heads * self.shape.head_dim * self.cache_bytes} bytes"
+        return BudgetError(
+            f"budget {self.budget} cannot be met: {self.fixed} of {self.total} tokens always stay and the stages act too late "
+            f"to save more; the smallest feasible budget here is {smallest}"
+        )
+
+
+def kv_pairs(tokens: int, held: int, span: bool) -> int:
+    """(query, key) pairs at a layer whose cache holds `held` of `tokens` tokens.
+
+    span: each query sees a moving span of `held` tokens, and a block of SPAN_BLOCK queries computes the union of theirs;
+    otherwise every query is compared with every held key.
+    """
+    if not span:
+        return tokens * held
+    blocks = ((first, min(first + SPAN_BLOCK, tokens)) for first in range(0, tokens, SPAN_BLOCK))
+    return sum((last - first) * (last - max(0, first - held + 1)) for first, last in blocks)
+
+
+def released_removal(shares: Sequence[float], cost: float, layers: int) -> float:
+    """Share of the present vision tokens that the released FrameFusion code removes next, its own order of floating point.
+
+    Args:
+        shares: share of the vision tokens removed at each call so far. cost: the budget. layers: the decoder's depth, which
+        the released code fixes at 28. Raises BudgetError where that code raises "The cost is too small".
+    """
+    alive, spent = 1.0, 0.0
+    for share in shares:
+        alive *= 1 - share
+        spent += alive
+    left = layers * cost - spent
+    if left < 0:
+        raise BudgetError(f"budget {cost}: the layers already run hold more than it allows")
+    capacity = (layers - len(shares)) * alive
+    return 0.0 if left >= capacity else 1 - left / capacity

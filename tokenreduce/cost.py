@@ -1,0 +1,295 @@
+"""FLOPs and bytes of a decoder, from its shape and its token counts per layer. Integers throughout; no tensor is made.
+
+Three forms of the same count:
+
+- `exact`: what torch.utils.flop_counter.FlopCounterMode counts on a prefill: 2 per multiply-add, every matrix product
+  of the true architecture (grouped-query projections, gated FFN, LM head), attention over the full square.
+- `causal`: the same with the (query, key) pairs a causal kernel works on, N(N+1)/2 of the N².
+- `paper`: Eq. 5 of the FrameFusion paper, F(N_l, N_{l+1}) = 4 N_l D² + 2 N_l² D + 3 N_{l+1} D M. It counts a
+  multiply-add as one, takes the key and value projections to be as wide as the model, and has no LM head.
+
+All counts are for one sequence. A padded batch costs its padded length, times its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tokenreduce.errors import BudgetError, UnsupportedError, nearest
+
+Form = Literal["exact", "causal", "paper"]
+FORMS: tuple[str, ...] = get_args(Form)
+
+REQUIRED = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "vocab": "vocab_size",
+    "ffn": "intermediate_size",
+}
+"""Our facts that every config states itself, and what it calls them."""
+
+UNGATED = ("apertus", "arcee", "gpt_neox", "nemotron", "persimmon", "phi", "starcoder2")
+UNLIKE = (
+    *("first_k_dense_replace", "interleave_moe_layer_step", "mlp_only_layers"),
+    *("moe_num_shared_experts", "n_shared_experts", "shared_expert_intermediate_size", "shared_intermediate_size"),
+    *("kv_lora_rank", "mamba_d_state", "num_kv_shared_layers"),
+)
+"""Fields that mean, where set: experts in some layers only, shared experts, another kind of attention or cache."""
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The widths of a decoder that decide its cost, all in numbers of elements.
+
+    Args:
+        layers: decoder layers, all alike.
+        hidden: D, width of the residual stream.
+        ffn: M, width of the FFN that one token passes through; the sum over those it visits in a mixture of experts.
+        heads, kv_heads: query heads, and key/value heads (fewer in grouped-query attention).
+        head_dim: width of one head; heads · head_dim need not be `hidden`.
+        vocab: rows of the LM head.
+        gated: the FFN has three matrices (gate, up, down) instead of two.
+        router: experts that a router scores for each token, 0 without a mixture of experts.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    gated: bool = True
+    router: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("gated", "router") else 1
+            if not isinstance(value, int) or value < least:
+                raise UnsupportedError(
+                    f"decoder shape: {field.name} must be a whole number of at least {least}, got {value!r}"
+                )
+        if self.heads % self.kv_heads:
+            raise UnsupportedError(
+                f"decoder shape: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly"
+            )
+
+    @classmethod
+    def from_config(cls, config: Any) -> DecoderShape:
+        """The shape that a configuration describes.
+
+        config: a transformers config (of the decoder, or of a composite around it), a dict of the same fields, or the
+        path of a `config.json` or of the folder that holds one. Raises UnsupportedError where a fact is missing, or
+        where the layers are not alike (shared experts, latent or linear attention), naming which.
+        """
+        return _shape(_facts(config))
+
+
+def attention_pairs(tokens: int, kv_tokens: int | None = None, form: Form = "exact") -> int:
+    """(query, key) pairs that one head works on: `tokens` queries, the last of `kv_tokens` keys (default: no others).
+
+    Full for `exact` and `paper`; for `causal` each query sees the keys up to itself.
+    """
+    _known(form)
+    keys = tokens if kv_tokens is None else kv_tokens
+    if form == "causal":
+        return tokens * (keys - tokens) + tokens * (tokens + 1) // 2
+    return tokens * keys
+
+
+def span_pairs(tokens: int, sinks: int, window: int) -> int:
+    """(query, key) pairs where each of `tokens` sees the first `sinks` and the last `window` up to and with itself."""
+    most = sinks + window
+    ramp = min(tokens, most)
+    return ramp * (ramp + 1) // 2 + (tokens - ramp) * most
+
+
+def attention_flops(shape: DecoderShape, tokens: int, pairs: int, form: Form = "exact") -> int:
+    """Query, key, value and output projections of `tokens`, and the two products over `pairs` (query, key) pairs."""
+    _known(form)
+    if form == "paper":
+        return 4 * tokens * shape.hidden**2 + 2 * pairs * shape.hidden
+    projections = 2 * tokens * shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
+    return projections + 4 * pairs * shape.heads * shape.head_dim
+
+
+def ffn_flops(shape: DecoderShape, tokens: int, form: Form = "exact") -> int:
+    """The FFN's matrices, and a router's where there is one, on `tokens`."""
+    _known(form)
+    if form == "paper":
+        return 3 * tokens * shape.hidden * shape.ffn
+    return 2 * tokens * shape.hidden * ((3 if shape.gated else 2) * shape.ffn + shape.router)
+
+
+def layer_flops(
+    shape: DecoderShape,
+    attn_tokens: int,
+    ffn_tokens: int,
+    *,
+    kv_tokens: int | None = None,
+    pairs: int | None = None,
+    form: Form = "exact",
+) -> int:
+    """FLOPs of one layer.
+
+    attn_tokens: tokens that enter its attention (N_l). ffn_tokens: tokens that enter its FFN (N_{l+1}; fewer where a
+    stage acts between the two). kv_tokens: keys in sight where they are more than that: earlier turns, or decoding.
+    pairs: the (query, key) pairs themselves, where they follow neither form (`span_pairs`); wins over kv_tokens.
+    """
+    pairs = attention_pairs(attn_tokens, kv_tokens, form) if pairs is None else pairs
+    return attention_flops(shape, attn_tokens, pairs, form) + ffn_flops(shape, ffn_tokens, form)
+
+
+def head_flops(shape: DecoderShape, tokens: int, form: Form = "exact") -> int:
+    """FLOPs of the LM head on `tokens` positions; 0 in the paper's form, which leaves it out."""
+    _known(form)
+    return 0 if form == "paper" else 2 * tokens * shape.hidden * shape.vocab
+
+
+def prefill_flops(
+    shape: DecoderShape,
+    attn: Sequence[int],
+    ffn: Sequence[int],
+    head_tokens: int = 1,
+    form: Form = "exact",
+    *,
+    kv: Sequence[int | None] | None = None,
+    pairs: Sequence[int | None] | None = None,
+) -> int:
+    """FLOPs of a whole forward.
+
+    attn, ffn: tokens that enter the attention and the FFN of each layer, one number per layer. head_tokens: positions
+    the LM head computes (1 under `generate`, all in a plain forward). kv, pairs: per layer, see `layer_flops`; None
+    where it follows from `attn`. Raises BudgetError where a list is not as long as the decoder is deep.
+    """
+    none: Sequence[int | None] = [None] * shape.layers
+    columns = (attn, ffn, none if kv is None else kv, none if pairs is None else pairs)
+    for name, column in zip(("attn", "ffn", "kv", "pairs"), columns, strict=True):
+        if len(column) != shape.layers:
+            raise BudgetError(f"prefill_flops: {name} has {len(column)} numbers, the decoder has {shape.layers} layers")
+    layers = (layer_flops(shape, a, f, kv_tokens=k, pairs=p, form=form) for a, f, k, p in zip(*columns, strict=True))
+    return sum(layers) + head_flops(shape, head_tokens, form)
+
+
+def similarity_flops(shape: DecoderShape, tokens: int) -> int:
+    """Eq. 6: cosine similarity of `tokens` tokens with one other token each, 3 N D (a dot product and two norms)."""
+    return 3 * tokens * shape.hidden
+
+
+def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], dtype_bytes: int) -> int:
+    """Bytes of keys and values, where layer l holds `tokens_per_layer[l]` tokens of `dtype_bytes` bytes per element."""
+    return 2 * shape.kv_heads * shape.head_dim * sum(tokens_per_layer) * dtype_bytes
+
+
+def activation_bytes(
+    shape: DecoderShape,
+    attn: Sequence[int],
+    ffn: Sequence[int],
+    dtype_bytes: int,
+    head_tokens: int = 1,
+    *,
+    eager: bool = False,
+) -> int:
+    """Estimated peak of a prefill's temporary tensors, in bytes; weights and KV cache are counted elsewhere.
+
+    The largest over the layers of what lives at once: the layer's input, the residual stream, its norm and the rotary
+    tables, beside either the attention's queries, keys, values and output, or the FFN's gate, up and product (without a
+    gate: up and activation). With `eager`, also the N × N scores of each head: twice in the attention, once until the
+    layer ends. The LM head's logits count as a layer of their own. Kernels that fuse or allocate workspace differ: take
+    it for a ratio between plans.
+    """
+    stream = 3 * shape.hidden + 2 * shape.head_dim
+    qkvo = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    wide = (3 if shape.gated else 2) * shape.ffn
+    scores = [shape.heads * a * a if eager else 0 for a in attn]
+    peaks = [a * (stream + qkvo) + 2 * s for a, s in zip(attn, scores, strict=True)]
+    peaks += [f * (stream + wide) + s for f, s in zip(ffn, scores, strict=True)]
+    return max(*peaks, head_tokens * (shape.hidden + shape.vocab)) * dtype_bytes
+
+
+def _known(form: str) -> None:
+    if form not in FORMS:
+        raise BudgetError(f"unknown form of FLOPs '{form}'{nearest(form, FORMS)}")
+
+
+def _shape(facts: Mapping[str, Any]) -> DecoderShape:
+    """The shape in a decoder's own config fields."""
+    family = str(facts.get("model_type") or "decoder")
+    unlike = [f"{field}={facts[field]!r}" for field in UNLIKE if facts.get(field)]
+    unlike += sorted(set(facts.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"})
+    if unlike or facts.get("decoder_sparse_step", 1) != 1:
+        what = ", ".join(unlike) or f"decoder_sparse_step={facts['decoder_sparse_step']}"
+        raise UnsupportedError(f"{family}: its config has {what}; only decoders of like layers, plain attention, count")
+    values: dict[str, Any] = {ours: facts.get(theirs) for ours, theirs in REQUIRED.items()}
+    for ours, value in values.items():
+        if not isinstance(value, int):
+            raise UnsupportedError(f"{family}: its config has {REQUIRED[ours]}={value!r}, where one number belongs")
+    visited = facts.get("num_experts_per_tok") or 0
+    router = facts.get("num_local_experts") or facts.get("num_experts") or 0
+    if visited and router:
+        values |= {"ffn": visited * (facts.get("moe_intermediate_size") or values["ffn"]), "router": router}
+    return DecoderShape(
+        **values,
+        kv_heads=facts.get("num_key_value_heads") or values["heads"],
+        head_dim=facts.get("head_dim") or values["hidden"] // values["heads"],
+        gated=_gated(family, facts),
+    )
+
+
+def _gated(family: str, facts: Mapping[str, Any]) -> bool:
+    """Whether the FFN has a gate: no config says so, but families with SiLU have one, and with GELU only Gemma's do."""
+    activation = facts.get("hidden_act") or facts.get("hidden_activation")
+    if family in UNGATED:
+        return False
+    if activation in ("silu", "swish") or family.startswith(("gemma", "paligemma")):
+        return True
+    raise UnsupportedError(
+        f"{family}: hidden_act={activation!r} does not tell whether its FFN is gated; give a DecoderShape instead"
+    )
+
+
+def _facts(config: Any) -> Mapping[str, Any]:
+    """The decoder's fields of any config; fields that a dict leaves to its family's defaults are filled in."""
+    if isinstance(config, str | Path):
+        config = _read(Path(config))
+    if isinstance(config, Mapping):
+        config = _completed(config)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config().to_dict()
+    if not isinstance(config, Mapping):
+        raise UnsupportedError(f"no decoder's shape in a {type(config).__name__}; give a config, a dict or its path")
+    return config
+
+
+def _completed(facts: Mapping[str, Any]) -> Any:
+    """`facts`, or the transformers config they stand for where something is left to the family's defaults."""
+    inner = facts.get("text_config") or facts.get("llm_config") or facts
+    if not isinstance(inner, Mapping):
+        return inner
+    if all(inner.get(name) for name in (*REQUIRED.values(), "num_key_value_heads", "head_dim")):
+        return inner
+    from transformers import CONFIG_MAPPING
+
+    for candidate in (facts, inner):
+        family = candidate.get("model_type")
+        if family in CONFIG_MAPPING:
+            try:
+                return CONFIG_MAPPING[family].from_dict(dict(candidate))
+            except Exception as error:  # each config class has its own kinds
+                raise UnsupportedError(f"{family}: not a config of it: {' '.join(str(error).split())}") from None
+    return inner
+
+
+def _read(path: Path) -> Any:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise UnsupportedError(f"{path}: {reason}; give the path of a model's config.json") from None

@@ -1,0 +1,212 @@
+"""KV cache layers that hold their own tokens and tell transformers the logical length.
+
+transformers derives positions and masks from a cache's length. With the reduced length a second turn would restart its
+positions too early and be silently wrong; so lengths are logical here, and the engine makes the masks itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tokenreduce.errors import UnsupportedError
+from tokenreduce.reduction import Reduction
+
+running = threading.local()
+"""`running.forward`: the engine's forward that runs in this thread, if any."""
+
+
+@dataclass
+class KvPlan:
+    """What the engine says about one update of one layer.
+
+    logical: tokens that transformers believes it appends. valid: (B, n) bool of the tokens that come. At `kv` sites also
+    position: (B, n) long; reduction: to apply to keys and values; sinks and window: (B,) long, the span to hold.
+    """
+
+    logical: int
+    valid: Tensor | None = None
+    position: Tensor | None = None
+    reduction: Reduction | None = None
+    sinks: int = 0
+    window: Tensor | None = None
+
+
+class TokenLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values (B, G, held, d) of the tokens that one decoder layer holds.
+
+    logical: tokens seen, as transformers counts. valid: (B, held) bool, None if none is padding. position: (B, held) long,
+    place of each token in its sequence, kept only where a span or a merge at a `kv` site needs it; window: (B,) long and
+    sinks, the span that later queries see. plan: what the engine says about the next update.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logical = 0
+        self.valid: Tensor | None = None
+        self.position: Tensor | None = None
+        self.window: Tensor | None = None
+        self.sinks = 0
+        self.plan: KvPlan | None = None
+        self.seen: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def held(self) -> int:
+        """Tokens in the cache, padding included."""
+        return 0 if not self.is_initialized or self.keys.numel() == 0 else int(self.keys.shape[-2])
+
+    @property
+    def reduced(self) -> bool:
+        """Whether it holds other tokens than transformers believes."""
+        return self.held != self.logical or self.window is not None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; `plan` may say which of the new tokens are valid and what to hold of them."""
+        if self.reduced and getattr(running, "forward", None) is None:
+            raise UnsupportedError(
+                "this KV cache was reduced by tokenreduce, and no pipeline is attached: attach it again to go on with the cache"
+            )
+        plan = self.plan or KvPlan(key_states.shape[-2])
+        self.plan = None
+        self.logical += plan.logical
+        held, valid, position = self.held, plan.valid, plan.position
+        if plan.reduction is not None and position is not None:
+            key_states, value_states, position, valid = _reduced(plan.reduction, key_states, value_states, position)
+        rows, new, device = key_states.shape[0], key_states.shape[-2], key_states.device
+        if self.valid is not None or valid is not None:
+            old = torch.ones(rows, held, dtype=torch.bool, device=device) if self.valid is None else self.valid
+            fresh = torch.ones(rows, new, dtype=torch.bool, device=device) if valid is None else valid
+            # Layers of one stage share the very tensor, and with it the mask that is made from it.
+            self.valid = torch.cat([old, fresh], 1) if held else fresh
+        if self.position is not None or position is not None:
+            old = torch.arange(held, device=device).expand(rows, -1) if self.position is None else self.position
+            if position is None:
+                position = old[:, -1:] + 1 + torch.arange(new, device=device)
+            self.position = torch.cat([old, position], 1)
+        keys, values = super().update(key_states, value_states)
+        self.seen = (self.position, self.valid)
+        if plan.window is not None:
+            self.window, self.sinks = plan.window, plan.sinks
+            self._forget()
+        return keys, values
+
+    def _forget(self) -> None:
+        """Hold only the sinks and the window before the next token."""
+        assert self.position is not None
+        assert self.window is not None
+        last = self.position[:, -1:]
+        stays = (self.position < self.sinks) | (self.position > last - self.window[:, None])
+        if self.valid is not None:
+            stays &= self.valid
+        counts = stays.sum(1)
+        longest = int(counts.max())
+        if longest == self.held:
+            return
+        index = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.held - longest :]
+        self.valid = None
+        if bool((counts != longest).any()):
+            self.valid = torch.arange(longest, device=index.device) >= (longest - counts)[:, None]
+        self.position = self.position.gather(1, index)
+        spread = index[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
+        self.keys = self.keys.gather(2, spread)
+        spread = index[:, None, :, None].expand(-1, self.values.shape[1], -1, self.values.shape[-1])
+        self.values = self.values.gather(2, spread)
+
+    def get_seq_length(self) -> int:
+        """Logical length."""
+        return self.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical sizes; the engine replaces the mask where they are not the real ones."""
+        return self.logical + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.logical, self.sinks = 0, 0
+        self.valid = self.position = self.window = self.plan = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens. Only tokens that came after the reduced prefill can be."""
+        before = self.held
+        super().crop(tokens_to_remove)
+        gone = before - self.held
+        self.logical -= gone
+        self._each(lambda t: t[:, : t.shape[1] - gone])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        super().reorder_cache(beam_idx)
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)), rows=True)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda t: t.repeat_interleave(repeats, 0), rows=True)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows."""
+        super().batch_select_indices(indices)
+        self._each(lambda t: t[indices], rows=True)
+
+    def _each(self, change: Any, rows: bool = False) -> None:
+        self.valid = None if self.valid is None else change(self.valid)
+        self.position = None if self.position is None else change(self.position)
+        if rows:
+            self.window = None if self.window is None else change(self.window)
+
+
+def _reduced(
+    reduction: Reduction, keys: Tensor, values: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys and values (B, G, n, d) after a reduction of their tokens, with the positions and validity of what is left."""
+    rows, groups, new, width = keys.shape
+    flat = torch.cat([keys, values], -1).transpose(1, 2).reshape(rows, new, -1)
+    left = reduction.apply(flat, torch.ones_like(position))
+    assert left.hidden is not None
+    both = left.hidden.view(rows, -1, groups, width + values.shape[-1]).transpose(1, 2)
+    return both[..., :width], both[..., width:], position.gather(1, left.index), left.valid
+
+
+def adopt(cache: Any, depth: int) -> list[TokenLayer]:
+    """Swap the layers of `cache` for TokenLayers, in place, so that a user's own cache object goes on working.
+
+    Raises UnsupportedError, naming the cache, where it is not a plain DynamicCache.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise UnsupportedError(f"{type(cache).__name__} is not supported: token reduction needs a DynamicCache")
+    if cache.offloading:
+        raise UnsupportedError("an offloaded KV cache is not supported: token reduction needs a plain DynamicCache")
+    layers: list[TokenLayer] = []
+    for place in range(depth):
+        old = cache.layers[place] if place < len(cache.layers) else None
+        if isinstance(old, TokenLayer):
+            layers.append(old)
+            continue
+        if old is not None and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedError(
+                f"a cache with a {type(old).__name__} is not supported: token reduction needs a plain DynamicCache"
+            )
+        layer = TokenLayer()
+        if old is not None and old.is_initialized and old.get_seq_length():
+            if old.get_seq_length() != old.keys.shape[-2]:
+                raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
+            layer.lazy_initialization(old.keys, old.values)
+            layer.keys, layer.values, layer.logical = old.keys, old.values, int(old.keys.shape[-2])
+        layers.append(layer)
+    cache.layers[:] = layers
+    return layers
+
+
+def token_layers(cache: Any) -> list[TokenLayer]:
+    """The layers of a cache that the engine has adopted; empty for any other."""
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return layers if layers and isinstance(layers[0], TokenLayer) else []

@@ -1,0 +1,354 @@
+"""One forward of one attachment: the state that hooks and attention share while a decoder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce import cost
+from tokenreduce.budget import SPAN_BLOCK
+from tokenreduce.engine.cache import KvPlan, TokenLayer
+from tokenreduce.engine.schedule import StageRun, attend
+from tokenreduce.engine.sequence import Sequence, stage_trace
+from tokenreduce.engine.tap import Attention, attend_by_position, causal_mask
+from tokenreduce.errors import NotFiredError, PluginError, UnsupportedError
+from tokenreduce.ops.attention import importance, importance_flops
+from tokenreduce.reduction import Reduction
+from tokenreduce.strategy import Decision, Heads, Queries, Site, SiteKind, Span
+from tokenreduce.trace import LayerTrace, StageTrace, Trace
+
+REFUSED_ATTENTION = ("softcap", "s_aux", "position_bias")
+
+
+class Forward:
+    """State of one forward.
+
+    Args:
+        sequences: one per row; empty in a forward without vision tokens (a later turn on a reduced cache).
+        layers: the adopted KV cache layers, empty without a cache.
+        modules: id of each attention module, and its layer. implementation: the attention implementation below the tap.
+        valid: (B, N) bool, None if no token is padding. deepstack: per early layer, (B, N, D) rows to add after it.
+        started: tokens of earlier turns per row, (B,) long; needed only with `kv` sites.
+    """
+
+    def __init__(
+        self,
+        *,
+        sequences: list[Sequence],
+        layers: list[TokenLayer],
+        modules: Mapping[int, int],
+        implementation: str,
+        config: Any,
+        width: int,
+        valid: Tensor | None,
+        deepstack: list[Tensor] | None = None,
+    ) -> None:
+        self.sequences, self.layers, self.modules = sequences, layers, modules
+        self.implementation, self.config, self.width = implementation, config, width
+        self.valid = valid
+        self.index: Tensor | None = None
+        self.rotary: tuple[Tensor, ...] | None = None
+        self.gathered: tuple[Tensor, ...] | None = None
+        self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
+        self.attention: tuple[int, Tensor, Tensor, float] | None = None
+        self.reads = {site.order for s in sequences[:1] for run in s.conductor.runs for site in _reads(run)}
+        self.kv_sites = any(site.kind == "kv" for s in sequences[:1] for run in s.conductor.runs for site in run.sites)
+        self.ffn: Tensor | None = None
+        self.ffn_output: Tensor | None = None
+        self.deepstack = deepstack or []
+        self.passengers: list[list[Tensor]] = [[rows[s.row, s.columns] for rows in self.deepstack] for s in sequences]
+        self.stages: list[StageTrace] = []
+        self.unseen: list[StageTrace] = []
+
+    # Sites ------------------------------------------------------------------------------------------------------------
+
+    def visit(self, site: Site, x: Tensor) -> Tensor | None:
+        """Let the stages act on the residual stream x (B, m, D) before attention or FFN; None if nothing changes."""
+        rows: list[Tensor] = []
+        changed = False
+        for number, sequence in enumerate(self.sequences):
+            hidden = x[sequence.row, x.shape[1] - len(sequence) :]
+            for run in sequence.conductor.due(site, sequence.__len__):
+                before = len(sequence)
+                decision = self._decide(sequence, run, site, hidden)
+                merged = 0
+                if decision.reduction is not None:
+                    sequence.check(run.strategy.name, site, decision.reduction)
+                    if len(sequence) != (decision.reduction.counts or (int(decision.reduction.kept.sum()),))[0]:
+                        left, self.passengers[number], merged = sequence.apply(
+                            decision.reduction, hidden, self.passengers[number]
+                        )
+                        assert left is not None
+                        hidden, changed = left, True
+                self._record(sequence, run, site, decision, before, len(sequence), merged)
+            rows.append(hidden)
+        return self._pack(rows) if changed else None
+
+    def _decide(self, sequence: Sequence, run: StageRun, site: Site, hidden: Tensor) -> Decision:
+        readable = self.attention is not None and site.kind != "kv"
+        answer = run.strategy.decide(sequence.context(run, site, hidden, self.importance if readable else None))
+        if isinstance(answer, Decision):
+            return answer
+        if answer is None or isinstance(answer, Reduction):
+            return Decision(answer)
+        raise PluginError(f"strategy {run.strategy.name} at {site} returned a {type(answer).__name__}, not a Decision")
+
+    def _record(
+        self, sequence: Sequence, run: StageRun, site: Site, decision: Decision, before: int, after: int, merged: int
+    ) -> None:
+        sequence.conductor.record(run, site, decision.finished, decision.budget_met, decision.consumed, decision.note)
+        trace = stage_trace(sequence, run, site, before, after, merged, decision.note)
+        self.stages.append(trace)
+        self.unseen.append(trace)
+
+    def _pack(self, rows: list[Tensor]) -> Tensor:
+        """Rows (n, D) of different length as one left-padded batch; refreshes the batch's index and validity."""
+        self.gathered = None
+        columns = [s.columns[s.alive] for s in self.sequences]
+        if len(rows) == 1:
+            self.index, self.valid = columns[0][None], None
+            return rows[0][None]
+        longest = max(len(row) for row in rows)
+        x = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
+        index = torch.zeros(len(rows), longest, dtype=torch.long, device=x.device)
+        valid = torch.zeros(len(rows), longest, dtype=torch.bool, device=x.device)
+        parts = []
+        for number, row in enumerate(rows):
+            index[number, longest - len(row) :] = columns[number]
+            valid[number, longest - len(row) :] = True
+            parts.append(torch.cat([x[number, : longest - len(row)], row]))
+        self.index = index
+        self.valid = None if all(len(row) == longest for row in rows) else valid
+        return torch.stack(parts)
+
+    def enter_attention(self, layer: int, x: Tensor) -> None:
+        """Account for the attention of `layer` over x, and tell its cache what will come."""
+        plan = KvPlan(self.width, self.valid)
+        spans: list[int | None] = [None] * len(self.sequences)
+        if self.kv_sites:
+            spans = self._plan_kv(layer, x, plan)
+        for sequence, held in zip(self.sequences, spans, strict=True):
+            sequence.attended = sequence.alive
+            attend(sequence.conductor.account, len(sequence), held, plan.window is not None)
+        if self.layers:
+            self.layers[layer].plan = plan
+
+    def leave_layer(self, layer: int, out: Tensor) -> Tensor:
+        """Account for the FFN of `layer` and add its deepstack rows to out (B, m, D)."""
+        for sequence in self.sequences:
+            sequence.conductor.account.ffn.append(len(sequence))
+        if not self.deepstack:
+            return out
+        self.deepstack.pop(0)
+        rows = []
+        for number, sequence in enumerate(self.sequences):
+            rows.append(out[sequence.row, out.shape[1] - len(sequence) :] + self.passengers[number].pop(0))
+        if len(rows) == 1 and rows[0].shape[0] == out.shape[1]:
+            return rows[0][None]
+        padded = out.clone()
+        for sequence, row in zip(self.sequences, rows, strict=True):
+            padded[sequence.row, out.shape[1] - len(sequence) :] = row
+        return padded
+
+    def rotate(self, embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rotary tables (1 or B, N, d) at the original positions of the tokens alive."""
+        if self.index is None:
+            return embeddings
+        if self.rotary is not embeddings or self.gathered is None:
+            self.rotary, index = embeddings, self.index
+
+            def gather(table: Tensor) -> Tensor:
+                places = index.to(table.device)
+                if len(places) == 1 and table.shape[0] == 1:
+                    return table.index_select(1, places[0])
+                table = table.expand(len(places), -1, -1)
+                return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))
+
+            self.gathered = tuple(gather(table) for table in embeddings)
+        return self.gathered
+
+    # kv sites -----------------------------------------------------------------------------------------------------------
+
+    def _plan_kv(self, layer: int, x: Tensor, plan: KvPlan) -> list[int | None]:
+        """Ask the stages at `layer[l].kv`; returns what the cache will hold of each row, None for everything."""
+        site = Site(layer, "kv")
+        width = x.shape[1]
+        targets = torch.full(x.shape[:2], -1, dtype=torch.long, device=x.device)
+        position = torch.full_like(targets, -1)
+        windows, held = [], []
+        sinks, reduced = 0, False
+        past = self._past(layer, x.shape[0], x.device)
+        for sequence in self.sequences:
+            n, pad = len(sequence), width - len(sequence)
+            targets[sequence.row, pad:] = torch.arange(pad, width, device=x.device)
+            position[sequence.row, pad:] = sequence.alive + past[sequence.row]
+            window: int | None = None
+            count: int | None = None
+            for run in sequence.conductor.due(site, sequence.__len__):
+                decision = self._decide(sequence, run, site, x[sequence.row, pad:])
+                if decision.reduction is not None:
+                    sequence.check(run.strategy.name, site, decision.reduction)
+                    target = decision.reduction.target[0]
+                    targets[sequence.row, pad:] = torch.where(target >= 0, target + pad, -1)
+                    count, reduced = int(decision.reduction.kept.sum()), True
+                if isinstance(decision.span, Span):
+                    window, sinks = decision.span.window, decision.span.sinks
+                    count = min(sinks + window, n)
+                self._record(sequence, run, site, decision, n, n if count is None else count, 0)
+            windows.append(window)
+            held.append(count)
+        if all(count is None for count in held):
+            return held
+        plan.position = position
+        if reduced:
+            plan.reduction = Reduction(targets)
+        if any(window is not None for window in windows):
+            everything = int(position.max()) + 1
+            plan.window = torch.tensor([everything if w is None else w for w in windows], device=x.device)
+            plan.sinks = sinks
+        if not self.layers:
+            raise UnsupportedError("stages at `kv` sites need a KV cache; call with use_cache=True")
+        return held
+
+    def _past(self, layer: int, rows: int, device: torch.device) -> Tensor:
+        """(B,) long: tokens of earlier turns in each row."""
+        if not self.layers or not self.layers[layer].held:
+            return torch.zeros(rows, dtype=torch.long, device=device)
+        held = self.layers[layer]
+        if held.position is not None:
+            return held.position[:, -1] + 1
+        if held.valid is not None:
+            return held.valid.sum(1)
+        return torch.full((rows,), held.held, dtype=torch.long, device=device)
+
+    # Attention ----------------------------------------------------------------------------------------------------------
+
+    def attention_layer(self, module: nn.Module) -> int | None:
+        """The layer that an attention module belongs to, None for a foreign one."""
+        return self.modules.get(id(module))
+
+    def attend(
+        self,
+        layer: int,
+        base: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `layer` with the mask that its tokens need."""
+        held = self.layers[layer] if self.layers else None
+        if 3 * layer + 2 in self.reads or 3 * layer + 3 in self.reads:
+            refused = [name for name in REFUSED_ATTENTION if kwargs.get(name) is not None]
+            if refused:
+                raise UnsupportedError(f"importance is not defined here for attention with {', '.join(refused)}")
+            scale = kwargs.get("scaling")
+            self.attention = (layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale))
+        if held is not None and held.seen[0] is not None:
+            position = self._query_positions(held, query)
+            if self.implementation not in ("sdpa", "eager"):
+                raise UnsupportedError(f"stages at `kv` sites need sdpa or eager attention, not {self.implementation}")
+            return attend_by_position(
+                base, module, query, key, value, held, position, self.implementation, SPAN_BLOCK, kwargs
+            )
+        if self.index is not None or (held is not None and held.reduced):
+            mask = self._mask(query, key.shape[-2], held)
+        return base(module, query, key, value, mask, **kwargs)
+
+    def _query_positions(self, held: TokenLayer, query: Tensor) -> Tensor:
+        """(B, q): positions of the queries, −1 on padding: they are the newest tokens of their rows."""
+        rows, _, count, _ = query.shape
+        if self.sequences:
+            position = torch.full((rows, count), -1, dtype=torch.long, device=query.device)
+            newest = held.position[:, -1] if held.position is not None else None
+            for s in self.sequences:
+                start = 0 if newest is None else int(newest[s.row]) - int(s.alive[-1])
+                position[s.row, count - len(s) :] = s.alive + start
+            return position
+        assert held.position is not None
+        return held.position[:, -count:]
+
+    def _mask(self, query: Tensor, keys: int, held: TokenLayer | None) -> Tensor | None:
+        """The causal mask over the tokens that are really there; layers of one stage share it."""
+        valid = self.valid if held is None else held.valid
+        key = (query.shape[2], keys, id(valid))
+        if key not in self.masks:
+            # The tensor is kept beside the mask, so that its id is not given to another one.
+            self.masks[key] = (causal_mask(self.implementation, self.config, query, keys, valid), valid)
+        return self.masks[key][0]
+
+    def importance(self, sequence: Sequence, queries: Queries, heads: Heads) -> Tensor:
+        """(n,) attention that the tokens of `sequence` receive in the last attention that ran."""
+        assert self.attention is not None
+        layer, query, key, scale = self.attention
+        n = len(sequence.attended)
+        q = query[sequence.row, :, query.shape[2] - n :]
+        k = key[sequence.row]
+        held = self.layers[layer] if self.layers else None
+        if held is not None and held.valid is not None:
+            k = k[:, held.valid[sequence.row]]
+        elif held is None:
+            k = k[:, k.shape[1] - n :]
+        rows = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
+        scores = importance(q, k, scale, rows, heads)[k.shape[1] - n :]
+        sequence.conductor.account.selector_flops += importance_flops(q.shape[0], q.shape[-1], n, k.shape[1], rows)
+        if len(sequence) != n:
+            scores = scores[torch.searchsorted(sequence.attended, sequence.alive)]
+        return scores
+
+    # End ----------------------------------------------------------------------------------------------------------------
+
+    def finish(self, pipeline: str, budget: str, cache_bytes: int, dense: int, head: int) -> Trace:
+        """The receipt. Raises NotFiredError if a stage never acted on a sequence with vision tokens."""
+        for sequence in self.sequences:
+            idle = sequence.conductor.unfinished() if sequence.original_reducible else []
+            if idle:
+                sites = ", ".join(str(site) for site in idle[0].sites[:3])
+                raise NotFiredError(
+                    f"stage {idle[0].strategy.name} never acted on row {sequence.row}, which has {sequence.original_reducible} "
+                    f"vision tokens: it waits for {sites} or for the stages before it to finish; mend `at`, `from`, `until`"
+                )
+        accounts = [s.conductor.account for s in self.sequences]
+        layers = []
+        for layer in range(accounts[0].shape.layers):
+            held = torch.tensor([account.kv[layer] for account in accounts])
+            layers.append(
+                LayerTrace(
+                    layer=layer,
+                    tokens=held,
+                    ffn_tokens=torch.tensor([account.ffn[layer] for account in accounts]),
+                    flops=sum(
+                        cost.layer_flops(a.shape, a.attn[layer], a.ffn[layer], pairs=a.pairs[layer]) for a in accounts
+                    ),
+                    kv_bytes=cost.kv_bytes(accounts[0].shape, [int(held.sum())], cache_bytes),
+                )
+            )
+        return Trace(
+            pipeline=pipeline,
+            budget=budget,
+            tokens=torch.tensor([s.total for s in self.sequences]),
+            kept=[s.columns[s.alive] for s in self.sequences],
+            source=torch.stack([s.source(self.width) for s in self.sequences]),
+            layers=layers,
+            stages=self.stages,
+            dense_flops=dense,
+            selector_flops=sum(account.selector_flops for account in accounts),
+            head_flops_per_token=head,
+            skipped=[
+                f"row {s.row}: {run.strategy.name}: {run.note}"
+                for s in self.sequences
+                for run in s.conductor.runs
+                if not run.acted and run.note
+            ],
+        )
+
+
+def _reads(run: StageRun) -> list[Site]:
+    """Sites at which a stage reads attention."""
+    kinds: tuple[SiteKind, ...] = ("pre_ffn", "pre_attention")
+    return [site for site in run.sites if run.strategy.capabilities.attention and site.kind in kinds]

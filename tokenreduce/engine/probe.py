@@ -1,0 +1,114 @@
+"""The identity probe: proves on the real layers what an adapter says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapter import FfnPair
+from tokenreduce.engine.cache import running
+from tokenreduce.errors import UnsupportedError
+
+TOKENS = 3
+
+
+class _Spy:
+    """Stands in for a Forward during the probe and notes which layers' attention comes by."""
+
+    def __init__(self, modules: Mapping[int, int]) -> None:
+        self.modules, self.seen = modules, set[int]()
+
+    def attention_layer(self, module: nn.Module) -> int | None:
+        return self.modules.get(id(module))
+
+    def attend(
+        self,
+        layer: int,
+        base: Any,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: Any,
+    ) -> Any:
+        self.seen.add(layer)
+        return base(module, query, key, value, mask, **kwargs)
+
+
+def probe(
+    text: nn.Module,
+    family: str,
+    layers: Sequence[nn.Module],
+    pairs: Mapping[int, FfnPair | None],
+    modules: Mapping[int, int],
+) -> None:
+    """Run three random tokens through the decoder and refuse the model by name unless
+
+    - every layer's attention goes through transformers' attention interface, and
+    - in every layer of `pairs`, the output is x + y bit for bit, x being what the pair's entry read and y what its exit gave.
+    """
+    for number, pair in pairs.items():
+        if pair is None:
+            raise UnsupportedError(
+                f"{family}: layer {number} has no point between attention and FFN; stages at site pre_ffn cannot run in it"
+            )
+    seen: dict[int, dict[str, Tensor]] = {number: {} for number in pairs}
+    handles = []
+    for number, pair in pairs.items():
+        assert pair is not None
+        note = seen[number]
+        handles.append(
+            pair.entry.register_forward_pre_hook(lambda m, a, note=note: note.__setitem__("x", a[0].clone()))
+        )
+        handles.append(
+            pair.exit.register_forward_hook(lambda m, a, o, note=note: note.__setitem__("y", _state(o).clone()))
+        )
+        handles.append(
+            layers[number].register_forward_hook(lambda m, a, o, note=note: note.__setitem__("out", _state(o).clone()))
+        )
+    spy = _Spy(modules)
+    modes = [(module, module.training) for module in text.modules()]
+    before = getattr(running, "forward", None)
+    try:
+        text.eval()
+        running.forward = spy
+        with torch.no_grad():
+            text(inputs_embeds=_noise(text), use_cache=False)
+    finally:
+        running.forward = before
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    missing = sorted(set(range(len(layers))) - spy.seen)
+    if missing:
+        raise UnsupportedError(
+            f"{family}: the attention of layer {missing[0]} does not go through transformers' attention interface; its masks "
+            "could not be corrected"
+        )
+    for number, note in seen.items():
+        if set(note) != {"x", "y", "out"} or not torch.equal(note["x"] + note["y"], note["out"]):
+            raise UnsupportedError(
+                f"{family}: layer {number} is not x + FFN(x) with the pair its adapter names, so stages at site pre_ffn would be "
+                "silently wrong; state the right pair in the adapter's ffn_pair(), or use stages at pre_attention"
+            )
+
+
+def _state(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def _noise(text: nn.Module) -> Tensor:
+    """Three random token states where the decoder expects its embeddings."""
+    weight = text.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    device = weight.device
+    if device.type == "meta":
+        hook = getattr(text, "_hf_hook", None)
+        device = torch.device(getattr(hook, "execution_device", None) or "cpu")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, TOKENS, weight.shape[1], generator=generator)
+    return noise.to(device=device, dtype=weight.dtype)

@@ -1,0 +1,198 @@
+"""Which stage is asked at which site, for one sequence. Counts and flags only, so that `plan` runs the very same rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from tokenreduce.budget import Account, kv_pairs, released_removal
+from tokenreduce.errors import BudgetError, PipelineError
+from tokenreduce.strategy import Action, CountView, Site, Strategy
+
+
+@dataclass
+class StageRun:
+    """One stage in one sequence: where it may act, and how far it is."""
+
+    strategy: Strategy
+    sites: list[Site]
+    done: bool = False
+    acted: bool = False
+    note: str = ""
+    free_from: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def end(self, note: str = "") -> None:
+        """The stage will not be asked again."""
+        self.done = True
+        self.note = self.note or note
+
+    def after(self, site: Site) -> list[Site]:
+        """Its sites that are still to come."""
+        return [later for later in self.sites if later.order > site.order]
+
+
+class Conductor:
+    """Asks the stages of a pipeline in turn, for one sequence in one forward.
+
+    A stage with its own layers is asked at each of them. A stage that waits (`at: next`) is asked once, when all stages
+    before it are done: at the next of its sites, or at this one if the last of them ended without acting on it. It is not
+    left to wait beyond the last site at which the budget can still be met: then the stages before it are cut short.
+    """
+
+    def __init__(self, strategies: Sequence[Strategy], account: Account) -> None:
+        self.account = account
+        depth = account.shape.layers
+        self.depth = depth
+        self.runs = [StageRun(strategy, strategy.schedule(depth)) for strategy in strategies]
+
+    def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
+        """Stages to ask at `site`, in order; `tokens` tells how many tokens are alive when it is asked."""
+        for place, run in enumerate(self.runs):
+            if run.done or site not in run.sites:
+                continue
+            before = self.runs[:place]
+            if run.strategy.once and (site.order < run.free_from or not all(other.done for other in before)):
+                if not self._must_act(run, site, tokens()):
+                    continue
+                for other in before:
+                    if not other.done:
+                        other.end("cut short: the budget leaves the stage after it no later site")
+            yield run
+
+    def _must_act(self, run: StageRun, site: Site, tokens: int) -> bool:
+        later = run.after(site)
+        if not later:
+            return True
+        account = self.account
+        return account.budget is not None and not account.affordable(tokens, [(later[0], account.fixed + 1)])
+
+    def record(
+        self, run: StageRun, site: Site, finished: bool, budget_met: bool, consumed: bool, note: str = ""
+    ) -> None:
+        """Take note of what the stage did at `site`."""
+        run.acted = True
+        run.note = note or run.note
+        place = self.runs.index(run)
+        if finished or run.strategy.once or not run.after(site):
+            run.end()
+            for later in self.runs[place + 1 :]:
+                later.free_from = site.order + 1 if consumed else site.order
+        if budget_met:
+            for later in self.runs[place + 1 :]:
+                later.end(f"skipped: {run.strategy.name} met the budget")
+
+    def allowance(self, run: StageRun, site: Site, reducible: int, tokens: int, action: Action) -> int:
+        """How many reducible tokens may stay (`kv` sites: how many tokens the cache may hold). BudgetError if none."""
+        account = self.account
+        if account.budget is None:
+            raise BudgetError(
+                f"{run.strategy.name} solves its count from a budget: give `budget`, or the stage's `keep`"
+            )
+        if site.kind == "kv":
+            layers = [at.layer for at in run.sites]
+            held = account.kv_allowance(site.layer, layers, tokens, not run.strategy.capabilities.merges)
+            if held < 1:
+                raise account.refusal(account.project(tokens, [(site, 1)]))
+            return held
+        if account.budget.arithmetic == "released":
+            return self._released(reducible, action)
+        # A stage that solves every count is taken to keep the same share each time; merging by threshold to find no more.
+        later = run.after(site) if run.strategy.needs_budget() and not run.strategy.once else []
+        keep = account.allowance(site, reducible, later)
+        if keep < 1:
+            raise account.refusal(account.project(tokens, [(site, account.fixed + 1)]))
+        return keep
+
+    def _released(self, reducible: int, action: Action) -> int:
+        """The released code's arithmetic: shares of vision tokens; pruning rounds to nearest, a capped merge rounds up."""
+        account = self.account
+        assert account.budget is not None
+        # At pre_ffn the attention of this layer has run: the calls so far are as many as the layers in the account.
+        held = [account.reducible] + [count - account.fixed for count in account.attn]
+        shares = [(a - b) / a for a, b in itertools.pairwise(held)]
+        removal = released_removal(shares, float(account.budget.amount), self.depth)
+        if action != "prune":
+            room = removal * reducible
+            return max(reducible - (int(room) if action == "merge" else math.ceil(room)), 1)
+        return max(round((1 - removal) * reducible), 1)
+
+    def unfinished(self) -> list[StageRun]:
+        """Stages that neither acted nor were skipped for a reason."""
+        return [run for run in self.runs if not run.acted and not run.note]
+
+
+def forecast(
+    strategies: Sequence[Strategy], account: Account, *, similar: float = 0.5, frames: int = 1, least: bool = False
+) -> Conductor:
+    """Run the stages on counts alone and leave the counts of every layer in `account`.
+
+    similar, frames: see CountView. least: let every solved count be 1, to learn what the pipeline costs at the least.
+    """
+    conductor = Conductor(strategies, account)
+    reducible = account.reducible
+    for layer in range(conductor.depth):
+        held: int | None = None
+        span = False
+        for kind in ("pre_attention", "kv", "pre_ffn"):
+            site = Site(layer, kind)  # type: ignore[arg-type]
+            if kind == "pre_ffn":
+                attend(account, account.fixed + reducible, held, span)
+            for run in conductor.due(site, lambda: account.fixed + reducible):  # noqa: B023
+                tokens = account.fixed + reducible
+                solve: Callable[[Action], int] | None = None
+                if account.budget is not None:
+                    solve = _one if least else partial(conductor.allowance, run, site, reducible, tokens)
+                view = CountView(
+                    site,
+                    conductor.depth,
+                    tokens,
+                    reducible,
+                    account.reducible,
+                    run.state,
+                    solve,
+                    0.0 if least else similar,
+                    frames,
+                )
+                outcome = run.strategy.forecast(view)
+                if kind == "kv":
+                    held, span = min(outcome.count, tokens), not run.strategy.capabilities.merges
+                else:
+                    reducible = outcome.count
+                conductor.record(run, site, outcome.finished, outcome.budget_met, outcome.consumed)
+        account.ffn.append(account.fixed + reducible)
+    return conductor
+
+
+def _one(action: Action) -> int:
+    return 1
+
+
+def attend(account: Account, tokens: int, held: int | None, span: bool) -> None:
+    """Enter the attention of one layer: `tokens` queries, `held` of them in the cache (None: all), see `kv_pairs`."""
+    everything = held is None or held >= tokens
+    account.attn.append(tokens)
+    account.kv.append(tokens if held is None else min(held, tokens))
+    account.pairs.append(None if everything or held is None else kv_pairs(tokens, held, span))
+
+
+def check(strategies: Sequence[Strategy], account: Account) -> None:
+    """Refuse a pipeline whose budget cannot be met, before anything runs.
+
+    Raises PipelineError where no stage can choose its count, BudgetError with the smallest feasible budget otherwise."""
+    budget = account.budget
+    if budget is None:
+        return
+    if not any(strategy.needs_budget() for strategy in strategies):
+        raise PipelineError(
+            f"budget {budget}: no stage of this pipeline chooses its count by a budget; add importance_prune, or drop the budget"
+        )
+    probe = Account(budget, account.shape, account.total, account.reducible, account.cache_bytes)
+    forecast(strategies, probe, least=True)
+    least = probe.cost(probe.attn, probe.ffn, probe.kv, probe.pairs)
+    if least > probe.limit:
+        raise probe.refusal(least)

@@ -1,0 +1,124 @@
+"""The way into attention: an attention function of our own around each of transformers'.
+
+`tokenreduce_<impl>` is registered in both of transformers' interfaces (in the first alone, the mask would become None and
+padding would be ignored). It does what `<impl>` does, except for layers of the forward that runs in this thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from tokenreduce.engine.cache import TokenLayer, running
+from tokenreduce.errors import UnsupportedError
+
+PREFIX = "tokenreduce_"
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def tapped(implementation: str) -> str:
+    """The name of the tap around `implementation`, registered on first use."""
+    name = PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise UnsupportedError(
+                f"attention implementation '{implementation}' makes no masks that token reduction knows"
+            )
+        AttentionInterface.register(name, _tap(implementation))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _tap(implementation: str) -> Attention:
+    def attention(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        base = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
+        if base is None:
+            # Eager attention belongs to the family: its own module has it.
+            base = sys.modules[type(module).__module__].eager_attention_forward
+        forward = getattr(running, "forward", None)
+        layer = None if forward is None else forward.attention_layer(module)
+        if forward is None or layer is None:
+            return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return forward.attend(layer, base, module, query, key, value, attention_mask, kwargs)  # type: ignore[no-any-return]
+
+    return attention
+
+
+def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, valid: Tensor | None) -> Tensor | None:
+    """The mask for the last queries of `keys` tokens, as transformers makes it for `implementation`.
+
+    query: (B, H, q, d). valid: (B, keys) bool, False on padding."""
+    rows, _, q_length, _ = query.shape
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](  # type: ignore[no-any-return]
+        batch_size=rows,
+        q_length=q_length,
+        kv_length=keys,
+        q_offset=keys - q_length,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=valid,
+        allow_is_causal_skip=True,
+        use_vmap=False,
+        dtype=query.dtype,
+        config=config,
+        device=query.device,
+    )
+
+
+def attend_by_position(
+    base: Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: TokenLayer,
+    position: Tensor,
+    implementation: str,
+    block: int,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention at a layer whose keys were reduced at a `kv` site: what a query sees goes by positions.
+
+    query: (B, H, q, d) at `position` (B, q), −1 on padding. The keys' positions and validity come from `layer.seen`, the span
+    from its window. Works block by block over the queries of each row, so that no q×keys mask is ever whole.
+    """
+    places, valid = layer.seen
+    assert places is not None
+    rows, heads, count, _ = query.shape
+    out = query.new_zeros(rows, count, heads, value.shape[-1])
+    for row in range(rows):
+        window = None if layer.window is None else int(layer.window[row])
+        first_query = int((position[row] < 0).sum())
+        first_key = 0 if valid is None else int((~valid[row]).sum())
+        seen = places[row, first_key:].contiguous()
+        for start in range(first_query, count, block):
+            stop = min(start + block, count)
+            at = position[row, start:stop]
+            low, high = int(at[0]), int(at[-1])
+            end = int(torch.searchsorted(seen, high, right=True))
+            begin = 0 if window is None else int(torch.searchsorted(seen, low - window + 1))
+            sinks = min(begin, int(torch.searchsorted(seen, layer.sinks))) if window is not None else 0
+            near = slice(first_key + begin, first_key + end)
+            k, v, where = key[row : row + 1, :, near], value[row : row + 1, :, near], seen[begin:end]
+            if sinks:
+                far = slice(first_key, first_key + sinks)
+                k = torch.cat([key[row : row + 1, :, far], k], 2)
+                v = torch.cat([value[row : row + 1, :, far], v], 2)
+                where = torch.cat([seen[:sinks], where])
+            allowed = where[None] <= at[:, None]
+            if window is not None:
+                allowed &= (where[None] < layer.sinks) | (at[:, None] - where[None] < window)
+            mask: Tensor = allowed[None, None]
+            if implementation == "eager":
+                mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            part, _ = base(module, query[row : row + 1, :, start:stop], k, v, mask, **kwargs)
+            out[row, start:stop] = part[0]
+    return out, None

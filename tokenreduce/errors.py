@@ -1,0 +1,58 @@
+"""Everything tokenreduce refuses, as one family of exceptions.
+
+Each message is one line that says what is wrong and what to do about it, because the command line prints it as it is
+(exit code 2, no traceback).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokenReduceError(Exception):
+    """Base of every error that a user of tokenreduce can cause and mend."""
+
+
+class PipelineError(TokenReduceError):
+    """A pipeline that cannot be: unknown name or field, wrong type, a layer beyond the model, a missing capability."""
+
+
+class BudgetError(TokenReduceError):
+    """A budget that is not a budget (0, negative, NaN, unknown unit) or that no allowed choice of tokens meets."""
+
+
+class LayoutError(TokenReduceError):
+    """A token layout that contradicts itself or the forward it is used in."""
+
+
+class UnsupportedError(TokenReduceError):
+    """A model, cache, mask or mode that tokenreduce refuses by name, because it could not be exact there."""
+
+
+class AttachError(TokenReduceError):
+    """Attach and detach in an order that has no meaning."""
+
+
+class NotFiredError(TokenReduceError):
+    """A forward had vision tokens in it and a stage of the pipeline never acted: never passed over in silence."""
+
+
+class PluginError(TokenReduceError):
+    """Two plugins that claim one name, or a plugin that breaks its contract."""
+
+
+class MediaError(TokenReduceError):
+    """A video or image that cannot be read."""
+
+
+class CheckpointError(TokenReduceError):
+    """A checkpoint folder whose tensors do not map one to one onto the model."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown `name`: `; did you mean 'fastv'?` and the list of what is known."""
+    names = sorted(known)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{match[0]}'?" if match else ""
+    return f"{hint} (known: {', '.join(names)})" if names else hint

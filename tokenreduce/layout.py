@@ -1,0 +1,111 @@
+"""What each token of an input is: vision or text, and where in which frame. Knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenreduce.errors import LayoutError
+
+PLAIN, NEWLINE, WRAPPER, TIMESTAMP = 0, 1, 2, 3
+"""Values of `TokenLayout.marker`: patch or text, learned separator embedding, special token around a frame, time text."""
+
+MarkerPolicy = Literal["merge", "protect"]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Per token facts of a batch, each tensor (B, N) long; −1 where a token is not vision.
+
+    Args:
+        slot: place of the token inside its frame. Tokens that show the same spot of successive frames share a slot.
+        frame: index of the frame in its medium, counted in time order.
+        medium: which video or image the token belongs to; by default all vision tokens belong to medium 0.
+        marker: PLAIN, NEWLINE, WRAPPER or TIMESTAMP (see above). A marker with a slot may be reduced like a patch if the
+            pipeline says so (`newlines: merge`, `wrappers: merge`); one without a slot is text.
+        protected: (B, N) bool, vision tokens that no stage may touch.
+    """
+
+    slot: Tensor
+    frame: Tensor
+    medium: Tensor | None = None
+    marker: Tensor | None = None
+    protected: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.slot.shape
+        if self.slot.dim() != 2:
+            raise LayoutError(f"layout.slot must be (batch, tokens), got shape {tuple(shape)}; add the batch dimension")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != shape:
+                raise LayoutError(
+                    f"layout.{field.name} has shape {tuple(value.shape)}, but layout.slot has {tuple(shape)}"
+                )
+        if bool(((self.slot >= 0) != (self.frame >= 0)).any()):
+            raise LayoutError("layout.slot and layout.frame disagree on which tokens are vision; both are −1 for text")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, tokens)."""
+        return self.slot.shape[0], self.slot.shape[1]
+
+    @property
+    def vision(self) -> Tensor:
+        """(B, N) bool: tokens that have a place in a frame, markers included."""
+        return self.slot >= 0
+
+    def reducible(self, newlines: MarkerPolicy = "merge", wrappers: MarkerPolicy = "protect") -> Tensor:
+        """(B, N) bool: tokens a stage may merge or drop under the pipeline's choice for markers."""
+        allowed = self.vision
+        if self.protected is not None:
+            allowed = allowed & ~self.protected
+        if self.marker is not None:
+            for policy, kind in ((newlines, NEWLINE), (wrappers, WRAPPER)):
+                if policy == "protect":
+                    allowed = allowed & (self.marker != kind)
+            allowed = allowed & (self.marker != TIMESTAMP)
+        return allowed
+
+    def media(self) -> Tensor:
+        """(B, N) long: `medium`, or 0 for every vision token where it was left out."""
+        return self.medium if self.medium is not None else torch.where(self.vision, 0, -1)
+
+    def to(self, device: torch.device) -> TokenLayout:
+        """The same layout on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **moved)
+
+    def expand(self, batch: int) -> TokenLayout:
+        """Rows repeated for beams or return sequences: row b becomes rows b·k … b·k+k−1, as generate() orders them."""
+        rows = self.slot.shape[0]
+        if batch == rows:
+            return self
+        if batch % rows:
+            raise LayoutError(
+                f"the layout has {rows} rows, the forward {batch}: not a multiple (beams repeat whole rows)"
+            )
+        grown = {
+            f.name: getattr(self, f.name).repeat_interleave(batch // rows, 0)
+            for f in fields(self)
+            if getattr(self, f.name) is not None
+        }
+        return replace(self, **grown)
+
+    @classmethod
+    def text(cls, batch: int, tokens: int) -> TokenLayout:
+        """A layout without vision tokens."""
+        nothing = torch.full((batch, tokens), -1)
+        return cls(slot=nothing, frame=nothing.clone())
+
+    @classmethod
+    def video(cls, *, before: int, frames: int, per_frame: int, after: int) -> TokenLayout:
+        """One row: `before` text tokens, `frames` × `per_frame` vision tokens in time order, `after` text tokens."""
+        tokens = torch.arange(frames * per_frame)
+        text = [torch.full((n,), -1) for n in (before, after)]
+        slot = torch.cat([text[0], tokens % per_frame, text[1]])[None]
+        frame = torch.cat([text[0], tokens // per_frame, text[1]])[None]
+        return cls(slot=slot, frame=frame)

@@ -1,0 +1,68 @@
+"""Similarity of each token to the same spot of the frame before, and the runs it makes.
+
+Paper: FrameFusion §3.1 (Eq. 1) and §4.1. Cost 3·N·D (Eq. 6): one row per token, never an N×N matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS = 4096
+"""Tokens compared at once: bounds the float32 copies that a comparison makes."""
+
+
+def previous_in_slot(slot: Tensor, medium: Tensor, candidates: Tensor) -> Tensor:
+    """(n,) long: for each candidate, the candidate before it with the same slot of the same medium; −1 where there is none.
+
+    Args:
+        slot, medium: (n,) long. candidates: (n,) bool; the others get −1 and are nobody's predecessor.
+    """
+    index = candidates.nonzero().squeeze(1)
+    previous = torch.full_like(slot, -1)
+    if len(index) < 2:
+        return previous
+    key = medium[index] * (int(slot.max()) + 1) + slot[index]
+    order = key.argsort(stable=True)
+    ordered, key = index[order], key[order]
+    same = key[1:] == key[:-1]
+    previous[ordered[1:]] = torch.where(same, ordered[:-1], -1)
+    return previous
+
+
+def cosine_to(hidden: Tensor, other: Tensor) -> Tensor:
+    """(n,) float32 (float64 for float64 input): cosine of each row with row `other[i]`; −inf where `other` is −1.
+
+    A zero or non-finite vector is similar to nothing: −inf, never NaN.
+
+    Args:
+        hidden: (n, D) floating. other: (n,) long.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    result = torch.full(other.shape, -torch.inf, dtype=dtype, device=hidden.device)
+    rows = (other >= 0).nonzero().squeeze(1)
+    for part in rows.split(ROWS):
+        a, b = hidden[part].to(dtype), hidden[other[part]].to(dtype)
+        # Scaled to a largest entry of 1 first: the squares of large rows overflow, those of tiny rows vanish.
+        a, b = (x / x.abs().amax(-1, keepdim=True) for x in (a, b))
+        cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+        result[part] = torch.where(cosine.isnan(), -torch.inf, cosine)
+    return result
+
+
+def merge_runs(previous: Tensor, similar: Tensor) -> Tensor:
+    """(n,) long merge target: tokens chained by `similar` all go to the first of their run; the others stay.
+
+    Args:
+        previous: (n,) long from `previous_in_slot`. similar: (n,) bool, token merges with its previous one.
+    """
+    target = torch.arange(len(previous), device=previous.device)
+    linked = similar & (previous >= 0)
+    target = torch.where(linked, previous, target)
+    # Doubling: after k rounds every pointer has jumped 2^k links back, so log2(longest run) rounds suffice.
+    for _ in range(max(len(previous), 1).bit_length()):
+        further = target[target]
+        if torch.equal(further, target):
+            break
+        target = further
+    return target

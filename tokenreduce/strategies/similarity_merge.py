@@ -1,0 +1,137 @@
+"""FrameFusion's merging stage: tokens that look like the same spot of the frame before are averaged into it.
+
+Paper: Fu et al., FrameFusion (2025), §4.1 for the stage, §7 for N_max.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from tokenreduce.errors import BudgetError
+from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot
+from tokenreduce.ops.topk import top_mask
+from tokenreduce.reduction import Weighting
+from tokenreduce.strategy import (
+    Capabilities,
+    CountView,
+    Decision,
+    Outcome,
+    Share,
+    Site,
+    StageConfig,
+    StageContext,
+    Strategy,
+)
+
+
+class SimilarityMerge(Strategy):
+    """Merge each token whose cosine with its slot's previous surviving token reaches `threshold` into the first of its run.
+
+    Without a schedule it acts before layer 0's attention and then before the FFN of successive layers, until the share of
+    similar tokens falls below `stop_below`. Where merging all of them would leave less than the budget, only the most
+    similar are merged and the rest of the pipeline is skipped (N_max). Without a threshold it merges the most similar
+    tokens, as many as `keep` or the budget says, wherever the pipeline puts it. At site `kv` only keys and values merge.
+    """
+
+    name = "similarity_merge"
+    capabilities = Capabilities(
+        sites=("pre_attention", "pre_ffn", "kv"), chooses_count=True, merges=True, content_dependent=True
+    )
+
+    class Config(StageConfig):
+        """Fields of a similarity_merge stage."""
+
+        strategy: Literal["similarity_merge"] = "similarity_merge"
+        threshold: float | None = Field(
+            None,
+            ge=-1,
+            le=1,
+            description="Least cosine for a merge (S_threshold). Left out: merge as many as the budget asks.",
+        )
+        stop_below: float = Field(
+            0.1, ge=0, le=1, description="Merging ends where the share of similar tokens falls below it (N_threshold)."
+        )
+        merge_below: bool = Field(
+            False,
+            description="Whether the similar tokens of that last look are still merged, as the released code does.",
+        )
+        weighting: Weighting = Field(
+            "size", description="Mean by how many originals a token stands for, or plain as in the released code."
+        )
+        keep: Share | list[Share] | None = Field(
+            None, description="Without a threshold: share of the original vision tokens that remains."
+        )
+
+    config: Config
+
+    def schedule(self, depth: int) -> list[Site]:
+        """Before the first layer's attention, then before successive FFNs, unless the stage says otherwise."""
+        config = self.config
+        if config.at is not None or config.site is not None or config.threshold is None:
+            if config.at is None and config.site is None:
+                return [Site(config.from_ or 0, "pre_attention")]
+            return super().schedule(depth)
+        layers = [site.layer for site in super().schedule(depth)]
+        return [Site(layers[0], "pre_attention"), *(Site(layer, "pre_ffn") for layer in layers)]
+
+    def needs_budget(self) -> bool:
+        """Only where neither a threshold nor a share tells how much to merge."""
+        return self.config.threshold is None and self.config.keep is None
+
+    def decide(self, ctx: StageContext) -> Decision:
+        """See the class."""
+        config = self.config
+        previous = previous_in_slot(ctx.slot, ctx.medium, ctx.reducible)
+        similarity = cosine_to(ctx.hidden, previous)
+        if config.threshold is None:
+            return self._merge_most_similar(ctx, previous, similarity)
+        similar = similarity >= config.threshold
+        count = int(similar.sum())
+        share = count / max(ctx.reducible_count, 1)
+        note = f"{share:.1%} similar"
+        if ctx.has_budget and ctx.reducible_count - count <= ctx.allowance("bound"):
+            merges = ctx.reducible_count - min(ctx.allowance("merge"), ctx.reducible_count)
+            similar = top_mask(similarity, merges, similar)
+            target = merge_runs(previous, similar)
+            return Decision(
+                ctx.merge(target, config.weighting), finished=True, budget_met=True, note=f"{note}, {merges} allowed"
+            )
+        below = share < config.stop_below
+        if below and not config.merge_below:
+            return Decision(finished=True, consumed=False, note=note)
+        return Decision(ctx.merge(merge_runs(previous, similar), config.weighting), finished=below, note=note)
+
+    def _merge_most_similar(self, ctx: StageContext, previous: torch.Tensor, similarity: torch.Tensor) -> Decision:
+        fixed = ctx.n - ctx.reducible_count
+        keep = self.keep_count(ctx, "merge")
+        if ctx.site.kind == "kv" and self.config.keep is None:
+            keep = min(max(keep - fixed, 0), ctx.reducible_count)
+        candidates = similarity > -torch.inf
+        merges, possible = ctx.reducible_count - keep, int(candidates.sum())
+        if merges > possible:
+            raise BudgetError(
+                f"similarity_merge at {ctx.site} would have to merge {merges} of {ctx.reducible_count} vision tokens, but only "
+                f"{possible} have a counterpart in an earlier frame; raise the budget or prune instead"
+            )
+        target = merge_runs(previous, top_mask(similarity, merges, candidates))
+        return Decision(ctx.merge(target, self.config.weighting), note=f"{merges} merged")
+
+    def forecast(self, view: CountView) -> Outcome:
+        """As `decide`, taking `view.similar` of the tokens for similar at the first look and none at later ones."""
+        config = self.config
+        if config.threshold is None:
+            kept = self.keep_count(view, "merge")
+            return Outcome(
+                kept if view.site.kind != "kv" or config.keep is None else view.n - view.reducible_count + kept
+            )
+        count = 0 if view.state.setdefault("looked", False) else int(view.similar * view.reducible_count)
+        view.state["looked"] = True
+        if view.allowance_source is not None and view.reducible_count - count <= view.allowance("bound"):
+            return Outcome(min(view.allowance("merge"), view.reducible_count), finished=True, budget_met=True)
+        below = count < config.stop_below * view.reducible_count
+        if below and not config.merge_below:
+            return Outcome(view.reducible_count, finished=True, consumed=False)
+        return Outcome(view.reducible_count - count, finished=below)

@@ -1,0 +1,58 @@
+"""StreamingLLM: each query sees the first tokens (attention sinks) and the most recent ones.
+
+Paper: Xiao et al., Efficient Streaming Language Models with Attention Sinks (2024), §3.2; 8 sinks by FrameFusion §7.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tokenreduce.errors import BudgetError
+from tokenreduce.strategy import Capabilities, CountView, Decision, Outcome, Span, StageConfig, StageContext, Strategy
+
+
+class StreamingWindow(Strategy):
+    """A span of `sinks` + `window` tokens, during the prefill and for every later query; hidden states all stay.
+
+    The span moves over text and vision alike, as published: text falls out of the window like any other token. Positions
+    stay the originals (the published code renumbers inside the cache). The window is solved from the budget: sinks + window
+    tokens in the cache of every layer.
+    """
+
+    name = "streaming_window"
+    capabilities = Capabilities(sites=("kv",), chooses_count=True)
+
+    class Config(StageConfig):
+        """Fields of a streaming_window stage."""
+
+        strategy: Literal["streaming_window"] = "streaming_window"
+        sinks: int = Field(8, ge=0, description="First tokens that every query sees.")
+        window: int | None = Field(None, ge=1, description="Last tokens that a query sees, itself included.")
+
+    config: Config
+
+    def needs_budget(self) -> bool:
+        """Unless the window is given."""
+        return self.config.window is None
+
+    def decide(self, ctx: StageContext) -> Decision:
+        """See the class."""
+        return Decision(span=Span(self.config.sinks, self._window(ctx)))
+
+    def _window(self, ctx: StageContext) -> int:
+        if self.config.window is not None:
+            return self.config.window
+        held = ctx.allowance()
+        if held <= self.config.sinks:
+            raise BudgetError(
+                f"streaming_window: the budget leaves {held} tokens per layer, no more than its {self.config.sinks} sinks; "
+                f"raise the budget above {self.config.sinks}/{ctx.n} or lower `sinks`"
+            )
+        return held - self.config.sinks
+
+    def forecast(self, view: CountView) -> Outcome:
+        """Tokens that the cache holds; one token besides the sinks is the least."""
+        window = self.config.window or max(view.allowance() - self.config.sinks, 1)
+        return Outcome(min(self.config.sinks + window, view.n))

@@ -1,0 +1,60 @@
+"""Control: whole frames at even distances, the paper's "Original*" (a lower frame rate, §5.2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from tokenreduce.errors import BudgetError
+from tokenreduce.reduction import Reduction
+from tokenreduce.strategy import Capabilities, CountView, Layer, Outcome, Share, StageConfig, StageContext, Strategy
+
+
+class UniformFrames(Strategy):
+    """Keep as many evenly spaced frames as the budget holds, and drop the others whole.
+
+    The vision tower still sees all frames and positions stay the originals; a model given fewer frames would also be told
+    other frame times. The count is a whole number of frames, so up to one frame less than the budget.
+    """
+
+    name = "uniform_frames"
+    capabilities = Capabilities(sites=("pre_attention",), chooses_count=True)
+
+    class Config(StageConfig):
+        """Fields of a uniform_frames stage."""
+
+        strategy: Literal["uniform_frames"] = "uniform_frames"
+        at: Layer = Field(0, description="Layer before which the frames go.")
+        keep: Share | None = Field(
+            None, description="Share of the vision tokens that may remain; left out: from the budget."
+        )
+
+    config: Config
+
+    def decide(self, ctx: StageContext) -> Reduction:
+        """See the class."""
+        count = self.keep_count(ctx)
+        reach = int(ctx.frame.max()) + 1
+        # Frames of all media in the order of the input: (medium, frame) as one number.
+        key = torch.where(ctx.reducible, ctx.medium * reach + ctx.frame, -1)
+        frames, sizes = key[ctx.reducible].unique(return_counts=True)
+        for kept in range(len(frames), 0, -1):
+            places = _spread(kept, len(frames))
+            if int(sizes[places].sum()) <= count:
+                return Reduction.keep((torch.isin(key, frames[places]) | ~ctx.reducible)[None])
+        raise BudgetError(
+            f"uniform_frames: the budget leaves {count} vision tokens, less than one frame of {int(sizes.min())}; "
+            f"raise the budget above {int(sizes.min())}/{ctx.n} or use another strategy"
+        )
+
+    def forecast(self, view: CountView) -> Outcome:
+        """Whole frames, taking all to be of one size."""
+        size = view.reducible_count // view.frames
+        return Outcome(self.keep_count(view) // max(size, 1) * size)
+
+
+def _spread(kept: int, total: int) -> list[int]:
+    """`kept` of `total` places at even distances, the first included: floor(i · total / kept)."""
+    return [i * total // kept for i in range(kept)]
