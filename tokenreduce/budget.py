@@ -24,7 +24,7 @@ SPAN_BLOCK = 128
 
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgtp]?i?)(b|bytes|flops?)?\s*", re.IGNORECASE)
+_QUANTITY = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?(?:e[0-9]{1,3})?)\s*([kmgtp]?i?)(b|bytes|flops?)?\s*", re.IGNORECASE)
 
 
 class Budget(BaseModel):

@@ -89,7 +89,9 @@ class StageConfig(BaseModel):
     @model_validator(mode="after")
     def _one_schedule(self) -> StageConfig:
         if self.at is not None and (self.from_ is not None or self.until is not None):
-            raise ValueError("a stage says either `at` or `from`/`until`, not both")
+            if "at" in self.model_fields_set:
+                raise ValueError("a stage says either `at` or `from`/`until`, not both")
+            raise ValueError(f"{self.strategy} acts at the layers in `at` ({self.at}); list them there instead of `from`/`until`")
         if self.from_ is not None and self.until is not None and self.until < self.from_:
             raise ValueError(f"`until: {self.until}` comes before `from: {self.from_}`")
         if isinstance(self.at, list) and (not self.at or self.at != sorted(set(self.at))):

@@ -118,7 +118,7 @@ def attend_by_position(
                 allowed &= (where[None] < layer.sinks) | (at[:, None] - where[None] < window)
             mask: Tensor = allowed[None, None]
             if implementation == "eager":
-                mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+                mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
             part, _ = base(module, query[row : row + 1, :, start:stop], k, v, mask, **kwargs)
             out[row, start:stop] = part[0]
     return out, None

@@ -44,7 +44,10 @@ class StreamingWindow(Strategy):
     def _window(self, ctx: StageContext) -> int:
         if self.config.window is not None:
             return self.config.window
-        held = ctx.allowance()
+        # One span for all layers, as published, although later layers could use what rounding down leaves over.
+        if "held" not in ctx.state:
+            ctx.state["held"] = ctx.allowance()
+        held = ctx.state["held"]
         if held <= self.config.sinks:
             raise BudgetError(
                 f"streaming_window: the budget leaves {held} tokens per layer, no more than its {self.config.sinks} sinks; "
@@ -54,5 +57,7 @@ class StreamingWindow(Strategy):
 
     def forecast(self, view: CountView) -> Outcome:
         """Tokens that the cache holds; one token besides the sinks is the least."""
-        window = self.config.window or max(view.allowance() - self.config.sinks, 1)
+        if self.config.window is None and "held" not in view.state:
+            view.state["held"] = view.allowance()
+        window = self.config.window or max(view.state["held"] - self.config.sinks, 1)
         return Outcome(min(self.config.sinks + window, view.n))
