@@ -1,0 +1,169 @@
+"""What the vision adapters share: from placeholder ids and the features of a forward to a TokenLayout.
+
+A placeholder id stands for vision only in a forward that also brings features for it. In a later forward (decoding, a
+second turn) the model treats the same id as text, and so does the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapter import FfnPair, ModelAdapter, Prompt
+from tokenreduce.errors import LayoutError, UnsupportedError
+from tokenreduce.layout import NEWLINE, PLAIN, TIMESTAMP, WRAPPER, TokenLayout
+from tokenreduce_adapters.decoder import ffn_pair
+from tokenreduce_adapters.hybrid import raise_if_refused
+
+Kind = Literal["image", "video"]
+PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class Medium:
+    """One image or video of a forward.
+
+    kind: image or video. index: its number among the media of that kind in the whole batch. row: its row of the batch.
+    columns: (L,) long, growing, the columns that hold its features.
+    """
+
+    kind: Kind
+    index: int
+    row: int
+    columns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each of the L tokens of a medium is: slot and frame (L,) long, newline (L,) bool or None."""
+
+    slot: Tensor
+    frame: Tensor
+    newline: Tensor | None = None
+
+
+class VisionAdapter(ModelAdapter):
+    """Base of the adapters here: finds the media of a forward, asks `places` about each, and builds the layout."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("image", "video")
+    """What the family can see."""
+    tags: ClassVar[tuple[int, int]] = (0, 0)
+    """How many special tokens stand before and after every run of ids. They are text, marked as wrappers."""
+
+    def text_model(self, model: nn.Module) -> nn.Module:
+        raise_if_refused(model)
+        return super().text_model(model)
+
+    def ffn_pair(self, layer: nn.Module) -> FfnPair | None:
+        return ffn_pair(layer)
+
+    def lengths(self, model: nn.Module, prompt: Prompt, kind: Kind) -> list[int]:
+        """Tokens of each medium of `kind`, in order, from the raw inputs of the forward (pixels, sizes, grids)."""
+        raise NotImplementedError
+
+    def places(self, model: nn.Module, prompt: Prompt, medium: Medium) -> Places:
+        """Slots and frames of one medium; by default an image: frame 0, every token a slot of its own."""
+        return image_places(medium)
+
+    def media(self, model: nn.Module, prompt: Prompt, kind: Kind) -> list[Medium]:
+        """The images or videos whose features this forward brings, in the order in which the model fills them in."""
+        encoded = encoded_features(prompt, kind)
+        lengths = self.lengths(model, prompt, kind) if encoded is None else [f[..., 0].numel() for f in encoded]
+        spots = (prompt.input_ids == placeholder(model, kind)).nonzero()
+        if sum(lengths) != len(spots):
+            raise LayoutError(
+                f"{self.name}: the prompt has {len(spots)} {kind} tokens, but the features given with it are for "
+                f"{sum(lengths)}; pass the ids and the {PIXELS[kind]} of the same forward"
+            )
+        parts = [part for part in spots.split(lengths) if len(part)]
+        if any(bool(part[0, 0] != part[-1, 0]) for part in parts):
+            raise LayoutError(f"{self.name}: the features of one {kind} would be split over two rows of input_ids")
+        return [Medium(kind, i, int(part[0, 0]), part[:, 1]) for i, part in enumerate(parts)]
+
+    def layout(self, model: nn.Module, prompt: Prompt) -> TokenLayout:
+        """The layout of one forward, (B, N); all text where the forward brings no features."""
+        found = [m for kind in self.kinds if brings(prompt, kind) for m in self.media(model, prompt, kind)]
+        found.sort(key=lambda m: (m.row, int(m.columns[0])))
+        slot, frame, medium = (torch.full_like(prompt.input_ids, -1, dtype=torch.long) for _ in range(3))
+        marker = torch.full_like(slot, PLAIN)
+        for m in found:
+            self._mark_text(marker[m.row], m)
+        count = [0] * len(slot)
+        for m in found:
+            place = self.places(model, prompt, m)
+            slot[m.row, m.columns], frame[m.row, m.columns] = place.slot, place.frame
+            medium[m.row, m.columns] = count[m.row]
+            marker[m.row, m.columns] = PLAIN if place.newline is None else torch.where(place.newline, NEWLINE, PLAIN)
+            count[m.row] += 1
+        return TokenLayout(slot=slot, frame=frame, medium=medium, marker=marker)
+
+    def _mark_text(self, marker: Tensor, medium: Medium) -> None:
+        """Marks the text in and around `medium` in `marker` (N,): times between frames, wrappers around runs."""
+        before, after = self.tags
+        marker[medium.columns[0] : medium.columns[-1]] = TIMESTAMP if medium.kind == "video" else WRAPPER
+        for run in runs(medium.columns):
+            start, stop = int(run[0]), int(run[-1]) + 1
+            marker[max(start - before, 0) : start] = WRAPPER
+            marker[stop : stop + after] = WRAPPER
+
+
+def encoded_features(prompt: Prompt, kind: Kind) -> Sequence[Tensor] | None:
+    """Features per medium where generate() has run the vision tower before the forward, else None.
+
+    Raises UnsupportedError for a piece of them: a chunked prefill passes on features without the tower's own output.
+    """
+    outputs = prompt.kwargs.get("mm_encoder_outputs")
+    output = outputs.get(kind) if isinstance(outputs, Mapping) else None
+    if output is None:
+        return None
+    if "last_hidden_state" not in output:
+        raise UnsupportedError(
+            f"the {kind} features of this forward are a piece of a chunked prefill (they have no last_hidden_state), which is "
+            "not supported because a chunk may end inside a frame; unset prefill_chunk_size"
+        )
+    return output["pooler_output"]  # type: ignore[no-any-return]
+
+
+def brings(prompt: Prompt, kind: Kind) -> bool:
+    """Whether the forward brings features of `kind`."""
+    return prompt.kwargs.get(PIXELS[kind]) is not None or encoded_features(prompt, kind) is not None
+
+
+def settings(model: nn.Module) -> Any:
+    """The config of `model`."""
+    return model.config
+
+
+def placeholder(model: nn.Module, kind: Kind) -> int:
+    """The id that stands for one token of an image or video."""
+    return int(getattr(settings(model), f"{kind}_token_id"))
+
+
+def image_places(medium: Medium, newline: Tensor | None = None) -> Places:
+    """An image is one frame, and all its tokens are different places."""
+    slot = torch.arange(len(medium), device=medium.columns.device)
+    return Places(slot, torch.zeros_like(slot), newline)
+
+
+def frame_places(medium: Medium, per_frame: int, family: str) -> Places:
+    """Frames of `per_frame` tokens each, one after the other."""
+    if per_frame < 1 or len(medium) % per_frame:
+        raise LayoutError(
+            f"{family}: a video of {len(medium)} tokens is not made of frames of {per_frame}; the config's image size, "
+            "patch size or pooling does not belong to these features"
+        )
+    token = torch.arange(len(medium), device=medium.columns.device)
+    return Places(token % per_frame, token // per_frame)
+
+
+def runs(columns: Tensor) -> list[Tensor]:
+    """`columns` (L,) cut wherever the next one does not follow directly."""
+    cuts = (columns.diff() != 1).nonzero().flatten() + 1
+    return list(torch.tensor_split(columns, cuts.cpu())) if len(columns) else []

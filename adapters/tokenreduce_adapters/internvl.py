@@ -1,0 +1,36 @@
+"""InternVL in transformers' own form (checkpoints whose names end in -hf)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenreduce_adapters._labelled import LabelledAdapter
+
+
+class InternVLAdapter(LabelledAdapter):
+    """A video is written as `Frame1: <img>…</img>`, a line break, `Frame2: <img>…</img>`: one run of ids per frame.
+
+    An image is one run as well: all its tiles, then its thumbnail, so a run longer than one tile is an image, and a
+    medium of its own. Single-tile images with equal text between them are read as frames, see `LabelledAdapter`.
+    Labels between frames are marked as timestamps; like `<img>` and `</img>` they are text, and stay.
+    """
+
+    name = "internvl"
+    model_types = ("internvl",)
+    checkpoints = (
+        "OpenGVLab/InternVL3-1B-hf",
+        "OpenGVLab/InternVL3-2B-hf",
+        "OpenGVLab/InternVL3-8B-hf",
+        "OpenGVLab/InternVL3-38B-hf",
+        "OpenGVLab/InternVL3-78B-hf",
+    )
+    notes = "256 tokens per frame, one <img> run each; single-tile images in a row are read as the frames of a video"
+    tags = (1, 1)
+
+    def per_tile(self, config: Any) -> int:
+        return int(config.image_seq_length)
+
+    def restarts(self, first: list[int], second: list[int], label: list[int]) -> bool:
+        # The first frame's label is as long as the second's without its line break.
+        length = len(second) - 1
+        return length > 1 and first[-length:] == label[-length:]

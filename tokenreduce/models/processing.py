@@ -1,0 +1,198 @@
+"""One call that turns a video and a question into a model's inputs, whatever the family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PretrainedConfig, PreTrainedModel
+
+from tokenreduce.errors import CheckpointError, MediaError, UnsupportedError
+from tokenreduce.models.loading import family_of, one_line
+from tokenreduce.video import FPS, MAX_FRAMES, VideoClip, VideoInfo, probe, read_frames, sample_indices
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+Video = str | Path | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class VideoQuestion:
+    """What `prepare` was asked; see there. None means: as the model was made for."""
+
+    video: Video
+    question: str
+    frame_times: Sequence[float] | None = None
+    duration: float | None = None
+    time_instruction: bool = True
+    max_slice_nums: int | None = None
+    use_image_id: bool | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    force_sample: bool | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    def clip(self, choose: Callable[[VideoInfo], list[int]]) -> VideoClip:
+        """The frames to show: those `choose` picks from a file, or all of an array, which was sampled by the caller."""
+        if isinstance(self.video, str | Path):
+            if self.frame_times is not None or self.duration is not None:
+                raise MediaError(f"{self.video}: frame_times and duration belong to arrays; a video file has its own")
+            info = probe(self.video)
+            indices = choose(info)
+            return VideoClip.of(info, indices, read_frames(self.video, indices, info=info, progress=self.progress))
+        return self._given_clip(_frame_list(self.video))
+
+    def _given_clip(self, frames: list[NDArray[np.uint8]]) -> VideoClip:
+        count, fps = len(frames), self.fps or FPS
+        if self.frame_times is None:
+            times, duration = [i / fps for i in range(count)], count / fps if self.duration is None else self.duration
+        elif len(self.frame_times) != count:
+            raise MediaError(f"frame_times has {len(self.frame_times)} entries for {count} frames; give one per frame")
+        elif self.duration is None:
+            raise MediaError("frame_times without duration: give the length of the video in seconds as well")
+        else:
+            times, duration = [float(time) for time in self.frame_times], self.duration
+        return VideoClip(frames=frames, times=times, duration=float(duration), fps=fps, indices=list(range(count)))
+
+
+def prepare(
+    model: PreTrainedModel,
+    video: Video,
+    question: str,
+    *,
+    frame_times: Sequence[float] | None = None,
+    duration: float | None = None,
+    time_instruction: bool = True,
+    max_slice_nums: int | None = None,
+    use_image_id: bool | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    force_sample: bool | None = None,
+    processor: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BatchFeature:
+    """Inputs for `model(**inputs)` and `model.generate(**inputs)`, made as the model's authors make them.
+
+    Args:
+        model: from `load_model`; its family decides on prompt, sampling and pre-processing.
+        video: path of a video file; or frames already sampled, uint8 RGB (F, H, W, 3), or a list of (H, W, 3) or
+            (f, H, W, 3) arrays where sizes differ.
+        question: what to ask.
+        frame_times: seconds, one per frame of an array. Without them an array counts as sampled at `fps`.
+        duration: seconds, length of the video an array was taken from.
+        time_instruction: tell the model the duration and the time of each frame, where its prompt has a place for it.
+        max_slice_nums: MiniCPM-V: slices per frame, at most.
+        use_image_id: MiniCPM-V: number the frames.
+        fps: frames per second to sample from a file; by default 1.
+        max_frames: at most so many frames of a file; by default 64.
+        force_sample: always spread `max_frames` over the file; by default the model's own rule.
+        processor: tokenizer or processor to use instead of the one in the model's checkpoint folder.
+        progress: called with (frames decoded, frames wanted).
+
+    Returns:
+        BatchFeature of tensors on the model's device, pixel values in its dtype.
+
+    Raises:
+        MediaError: the video cannot be read, or the frames are not uint8 RGB.
+        CheckpointError: the model's folder holds no tokenizer.
+        UnsupportedError: the family's own processor needs a package that is not installed.
+    """
+    request = VideoQuestion(
+        video=video,
+        question=question,
+        frame_times=frame_times,
+        duration=duration,
+        time_instruction=time_instruction,
+        max_slice_nums=max_slice_nums,
+        use_image_id=use_image_id,
+        fps=fps,
+        max_frames=max_frames,
+        force_sample=force_sample,
+        progress=progress,
+    )
+    family = family_of(model)
+    if family is None:
+        inputs = _prepare_with_transformers(model, request, processor)
+    else:
+        inputs = family.prepare(model, request, processor or family.processor(_folder(model)))
+    return inputs.to(model.device, dtype=model.dtype)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def read_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
+    """The tokenizer of a checkpoint folder; `config`: of the language model inside, as the folder's may be foreign."""
+    remedy = "copy the tokenizer files of the checkpoint there, or give prepare(processor=…)"
+    if not has_tokenizer(folder):  # transformers would make an empty tokenizer without a word
+        raise CheckpointError(f"{folder}: no tokenizer in it ({', '.join(TOKENIZER_FILES)}); {remedy}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({one_line(error)}); {remedy}") from None
+
+
+def _folder(model: PreTrainedModel) -> Path:
+    name = model.name_or_path
+    if not name:
+        raise CheckpointError(f"{type(model).__name__} was not loaded from a folder; give prepare(processor=…)")
+    return Path(name)
+
+
+def _frame_list(video: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """One (H, W, 3) array per frame."""
+    frames: list[NDArray[np.uint8]] = []
+    for item in video:
+        array = np.asarray(item)
+        if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
+            raise MediaError(f"frames must be uint8 RGB arrays (F, H, W, 3), got {array.dtype} {array.shape}")
+        frames += [array] if array.ndim == 3 else list(array)
+    if not frames:
+        raise MediaError("the video has no frames")
+    return frames
+
+
+def _prepare_with_transformers(model: PreTrainedModel, request: VideoQuestion, processor: Any) -> BatchFeature:
+    """Inputs from the family's own Hugging Face processor; frames are images where it has no notion of video."""
+    processor = processor or _hf_processor(model)
+    clip = request.clip(
+        lambda info: sample_indices(
+            info.frames, info.fps, request.fps or FPS, request.max_frames or MAX_FRAMES, bool(request.force_sample)
+        )
+    )
+    if getattr(processor, "video_processor", None) is None:
+        content = [{"type": "image", "image": frame} for frame in clip.images()]
+        extra: dict[str, Any] = {}
+    else:
+        content = [{"type": "video", "video": clip.array()}]
+        metadata = {
+            "fps": clip.fps,
+            "duration": clip.duration,
+            "total_num_frames": clip.total or len(clip.indices),
+            "frames_indices": clip.indices,
+        }
+        extra = {"do_sample_frames": False, "video_metadata": [metadata]}
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **extra
+    )
+    return BatchFeature(dict(inputs))
+
+
+def _hf_processor(model: PreTrainedModel) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{type(model).__name__}: its Hugging Face processor needs a package that is not installed "
+            f"({one_line(error).split('. ')[0]}); install it, usually torchvision, or build the inputs by hand"
+        ) from None
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{model.name_or_path}: no processor could be read ({one_line(error)}); give prepare(processor=…)"
+        ) from None
