@@ -14,8 +14,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.ready  ## a real video through the embedded model, dense and three ways reduced
-	$(BIN)/tokenreduce run demo --question "Which number is written on the red tile?" \
-		--pipeline framefusion --pipeline fastv --pipeline streaming_llm --output demo --force
+	$(BIN)/tokenreduce run demo --pipeline framefusion --pipeline fastv \
+		--pipeline streaming_llm --output demo --force
 
 test: $(VENV)/.ready  ## the tests
 	$(BIN)/python -m pytest -n 2

@@ -1,0 +1,95 @@
+"""The command line. Each module beside this one is a command, and holds a function of the module's name.
+
+A command imports what it needs inside its function, so that `--help` is quick. Every TokenReduceError ends a command
+with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from tokenreduce import __version__
+from tokenreduce.errors import TokenReduceError
+
+FIRST = ("run", "compare", "plan", "validate")
+"""Commands that head the list in `--help`; the others follow in alphabetical order."""
+
+HELP = """Reduce the vision tokens of video language models, and see what it costs and saves.
+
+\b
+Examples:
+  tokenreduce run clip.mp4 --question "What happens?" --pipeline framefusion --budget 0.3
+  tokenreduce plan framefusion --model llava-video-7b --frames 64
+  tokenreduce strategies
+  tokenreduce validate my_pipeline.yaml
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 for an error the user can mend, 130 for an interrupt."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code = application()(args=arguments, prog_name="tokenreduce", standalone_mode=False)
+            sys.stdout.flush()
+            return _finish(code if isinstance(code, int) else 0)
+        except typer.TyperException as error:
+            return _fail(error.format_message())
+        except TokenReduceError as error:
+            return _fail(str(error))
+        except (KeyboardInterrupt, typer.Abort):
+            return _finish(130)
+        except BrokenPipeError:
+            # Whoever read our output has gone; Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+
+def application() -> typer.Typer:
+    """The typer application with all commands."""
+    app = typer.Typer(
+        help=HELP,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback(invoke_without_command=True)(_top)
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    for name in sorted(names, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name)):
+        module = importlib.import_module(f"{__name__}.{name}")
+        app.command(name)(getattr(module, name))
+    return app
+
+
+def _top(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"tokenreduce {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _finish(code: int) -> int:
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    return code
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,94 @@
+"""The folder that `run` writes: a trace per arm, a summary, and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenreduce.adapter import Prompt
+from tokenreduce.cli._media import Asking
+from tokenreduce.engine.attach import Run
+from tokenreduce.layout import NEWLINE, PLAIN, TokenLayout
+from tokenreduce.pictures import comparison_sheet, kept_patches, tokens_per_layer
+from tokenreduce.runner import Arm
+
+
+def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequence[Arm], asking: Asking) -> list[str]:
+    """Write everything and return lines that say what is where."""
+    summary = [_summary(arm) for arm in arms]
+    (folder / "summary.json").write_text(
+        json.dumps({"question": asking.question, "expected": asking.expected, "arms": summary}, indent=2), encoding="utf-8"
+    )
+    for arm in arms:
+        (folder / arm.name).mkdir(exist_ok=True)
+        trace = {"pipeline": "dense", "layers": [{"layer": i, "tokens": [n]} for i, n in enumerate(arm.tokens)]}
+        data = trace if arm.trace is None else arm.trace.to_dict()
+        (folder / arm.name / "trace.json").write_text(json.dumps(data), encoding="utf-8")
+    tokens_per_layer({arm.name: arm.tokens for arm in arms}, folder / "tokens_per_layer.png")
+    lines = [f"wrote {folder}/summary.json, {folder}/ARM/trace.json, {folder}/tokens_per_layer.png"]
+    reduced = [arm for arm in arms if arm.pipeline is not None]
+    layout = _layout(model, inputs, reduced)
+    if layout is None:
+        return lines
+    grid = frame_grid(layout, asking.shown.shape[1] / asking.shown.shape[2])
+    if grid is None:
+        return [*lines, "no pictures of patches: the frames' tokens do not form one grid"]
+    slot, frame = layout.slot[0].numpy(), layout.frame[0].numpy()
+    marker = None if layout.marker is None else layout.marker[0].numpy()
+    sources = {arm.name: arm.source.numpy() for arm in reduced if arm.source is not None}
+    title = f"{asking.question} ({asking.name})"
+    for name, source in sources.items():
+        kept_patches(
+            asking.shown, slot, frame, source, grid, marker, folder / name / "kept.png",
+            title=f"{name}: {title}", times=asking.clip.times,
+        )  # fmt: skip
+    comparison_sheet(
+        asking.shown, slot, frame, sources, grid, marker, folder / "comparison.png", title=title, times=asking.clip.times
+    )
+    return [*lines, f"wrote {folder}/comparison.png and {folder}/ARM/kept.png: what became of each patch"]
+
+
+def frame_grid(layout: TokenLayout, aspect: float) -> tuple[int, int] | None:
+    """(rows, columns) of a frame's patches: from its newlines, else a square, else the factors nearest to height / width.
+
+    None where frames differ in the number of their patches."""
+    slot, frame = layout.slot[0].numpy(), layout.frame[0].numpy()
+    marker = np.zeros_like(slot) if layout.marker is None else layout.marker[0].numpy()
+    patch = (slot >= 0) & (marker == PLAIN)
+    counts = np.unique(frame[patch], return_counts=True)[1]
+    if len(counts) == 0 or (counts != counts[0]).any():
+        return None
+    count = int(counts[0])
+    newlines = int(((slot >= 0) & (marker == NEWLINE) & (frame == frame[patch].min())).sum())
+    if newlines and count % newlines == 0:
+        return newlines, count // newlines
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(pairs, key=lambda pair: (pair[0] != pair[1], abs(np.log(pair[0] / pair[1] / aspect))))
+
+
+def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[Arm]) -> TokenLayout | None:
+    pipelines = [arm.pipeline for arm in reduced if arm.pipeline is not None]
+    if not pipelines:
+        return None
+    adapter = Run(model, pipelines[0].model_copy(update={"stages": []})).adapter
+    prompt = Prompt(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"), inputs)
+    layout = adapter.layout(model, prompt)
+    return None if layout is None else layout.to(inputs["input_ids"].new_zeros(1).cpu().device)
+
+
+def _summary(arm: Arm) -> dict[str, Any]:
+    return {
+        "name": arm.name,
+        "answer": arm.answer,
+        "tokens_per_layer": arm.tokens,
+        "flops": arm.flops,
+        "relative_flops": arm.flops / arm.dense_flops,
+        "kv_cache_bytes": arm.cache_bytes,
+        "llm_prefill_seconds": arm.llm_seconds,
+        "prefill_seconds": arm.total_seconds,
+        "decode_seconds_per_token": arm.decode_seconds,
+    }

@@ -1,0 +1,168 @@
+"""`tokenreduce plan`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tokenreduce.architectures import Architecture
+    from tokenreduce.budget import Account, Budget
+    from tokenreduce.pipeline import Pipeline
+
+BLOCKS = "▏▎▍▌▋▊▉█"
+
+
+def plan(
+    pipeline: Annotated[list[str], typer.Argument(help="Presets or YAML files.")],
+    model: Annotated[str, typer.Option(help="A known architecture, or the path of a config.json.")] = "llava-video-7b",
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the model's.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
+    similar: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of tokens taken to be similar to the frame before at the first merge.")
+    ] = 0.5,
+    output: Annotated[Path | None, typer.Option(help="PNG to draw; must be new.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the PNG.")] = False,
+) -> None:
+    """Say what a pipeline will hold and cost, layer by layer, without weights.
+
+    \b
+    Examples:
+      tokenreduce plan framefusion --model llava-video-7b --frames 64
+      tokenreduce plan fastv streaming_llm --model path/to/config.json --budget 0.2 --output plan.png
+    """
+    from tokenreduce.architectures import architecture
+    from tokenreduce.budget import Budget
+    from tokenreduce.cli._output import print_json
+    from tokenreduce.errors import TokenReduceError
+    from tokenreduce.pipeline import load_pipeline
+
+    if output is not None and output.exists() and not force:
+        raise TokenReduceError(f"{output} exists; give another --output, or --force to overwrite it")
+    arch = architecture(model)
+    asked = None if budget is None else Budget.parse(budget)
+    plans = {}
+    for source in pipeline:
+        loaded = load_pipeline(source)
+        plans[loaded.name] = _forecast(loaded, arch, frames, asked, similar)
+    if json:
+        print_json({name: _data(account) for name, account in plans.items()})
+    else:
+        print(
+            f"{arch.name}: {arch.shape.layers} layers, {arch.frames if frames is None else frames} frames, "
+            f"{arch.tokens(frames)} tokens ({arch.text_tokens} of text){'; ' + arch.note if arch.note else ''}"
+        )
+        for name, account in plans.items():
+            _print(name, account, similar)
+    if output is not None:
+        _draw(plans, output)
+
+
+def _forecast(
+    pipeline: Pipeline, arch: Architecture, frames: int | None, budget: Budget | None, similar: float
+) -> Account:
+    from tokenreduce.budget import Account
+    from tokenreduce.engine.schedule import check, forecast
+    from tokenreduce.errors import TokenReduceError
+    from tokenreduce.pipeline import build
+
+    strategies = build(pipeline)
+    total, reducible = arch.tokens(frames), arch.vision_tokens(frames)
+    account = Account(budget or pipeline.budget, arch.shape, total, reducible, arch.dtype_bytes)
+    try:
+        check(strategies, account)
+        forecast(strategies, account, similar=similar, frames=arch.steps(frames))
+    except TokenReduceError as error:
+        raise type(error)(f"{pipeline.name} on {arch.name}: {error}") from None
+    return account
+
+
+def _data(account: Account) -> dict[str, Any]:
+    from tokenreduce.cost import kv_bytes, layer_flops, prefill_flops
+
+    shape, n = account.shape, account.total
+    dense = [n] * shape.layers
+    layers = [
+        {
+            "layer": number,
+            "tokens": held,
+            "flops": layer_flops(shape, attn, ffn, pairs=pairs),
+            "kv_bytes": kv_bytes(shape, [held], account.cache_bytes),
+        }
+        for number, (attn, ffn, held, pairs) in enumerate(
+            zip(account.attn, account.ffn, account.kv, account.pairs, strict=True)
+        )
+    ]
+    # Merged keys are compared under a causal mask, half of the pairs; the blocks of a span are counted as they are.
+    causal = [
+        pairs // 2 if pairs == attn * held else pairs
+        for attn, held, pairs in zip(account.attn, account.kv, account.pairs, strict=True)
+    ]
+    return {
+        "tokens": n,
+        "relative_tokens": sum(account.kv) / (shape.layers * n),
+        "flops": prefill_flops(shape, account.attn, account.ffn, pairs=account.pairs),
+        "relative_flops": prefill_flops(shape, account.attn, account.ffn, pairs=account.pairs)
+        / prefill_flops(shape, dense, dense),
+        "predicted_speedup": prefill_flops(shape, dense, dense, form="causal")
+        / prefill_flops(shape, account.attn, account.ffn, form="causal", pairs=causal),
+        "kv_bytes": kv_bytes(shape, account.kv, account.cache_bytes),
+        "dense_kv_bytes": kv_bytes(shape, dense, account.cache_bytes),
+        "layers": layers,
+    }
+
+
+def _print(name: str, account: Account, similar: float) -> None:
+    from tokenreduce.cli._output import print_table
+
+    data = _data(account)
+    print(f"\n{name}, budget {account.budget or 'none'}")
+    rows, start = [], 0
+    layers = data["layers"]
+    for number, layer in enumerate(layers):
+        last = number + 1 == len(layers)
+        if last or any(layers[number + 1][key] != layer[key] for key in ("tokens", "flops")):
+            which = f"{start}" if start == number else f"{start}–{number}"
+            rows.append(
+                [
+                    which,
+                    f"{layer['tokens']:,}",
+                    _bar(layer["tokens"] / data["tokens"]),
+                    f"{layer['flops'] / 1e9:,.1f}",
+                    f"{layer['kv_bytes'] / 2**20:,.2f}",
+                ]
+            )
+            start = number + 1
+    print_table(["layers", "tokens", "share of the input", "GFLOP/layer", "KV MiB/layer"], rows)
+    print(
+        f"mean {sum(account.kv) / len(account.kv):,.1f} tokens per layer ({data['relative_tokens']:.4f}), "
+        f"{data['flops'] / 1e12:.2f} TFLOP ({data['relative_flops']:.4f}), KV cache {data['kv_bytes'] / 2**20:,.1f} MiB of "
+        f"{data['dense_kv_bytes'] / 2**20:,.1f}, predicted prefill speedup {data['predicted_speedup']:.2f}× (causal FLOPs)"
+    )
+    print(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
+
+
+def _bar(share: float, width: int = 24) -> str:
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + (BLOCKS[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def _draw(plans: dict[str, Account], output: Path) -> None:
+    from tokenreduce.cost import layer_flops
+    from tokenreduce.errors import TokenReduceError
+    from tokenreduce.pictures import plan_plot
+
+    some = next(iter(plans.values()))
+    dense = layer_flops(some.shape, some.total, some.total)
+    tokens = {"dense": [some.total] * some.shape.layers} | {name: account.kv for name, account in plans.items()}
+    flops = {"dense": [dense] * some.shape.layers}
+    for name, account in plans.items():
+        flops[name] = [layer["flops"] for layer in _data(account)["layers"]]
+    try:
+        plan_plot(tokens, flops, output)
+    except (OSError, ValueError) as error:
+        raise TokenReduceError(f"{output} cannot be written: {error}") from None
+    print(f"wrote {output}")

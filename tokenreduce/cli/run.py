@@ -1,0 +1,120 @@
+"""`tokenreduce run`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tokenreduce.runner import Arm
+
+
+def run(
+    video: Annotated[str, typer.Argument(help="A video file, or `demo`: a real clip with numbered tiles drawn into it.")],
+    question: Annotated[str, typer.Option(help="What to ask.")] = "",
+    pipeline: Annotated[
+        list[str] | None, typer.Option(help="Preset or YAML file; may be given several times. Default: framefusion.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub name.")] = "embedded",
+    output: Annotated[Path | None, typer.Option(help="Folder to write; must be new. Default: runs/NAME.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second to sample. Default: 1; for the demo 4.")] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(help="Frames at most. Default: 64; for the embedded model 32.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills per arm, after one warm-up.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, at most.")] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that exists.")] = False,
+) -> None:
+    """Ask a model about a video, dense and with each pipeline, and show what was kept, saved and changed.
+
+    \b
+    Examples:
+      tokenreduce run demo --pipeline framefusion --pipeline fastv
+      tokenreduce run clip.mp4 --question "What happens?" --pipeline my.yaml --budget 0.3 --model PATH
+    """
+    from tokenreduce.budget import Budget
+    from tokenreduce.pipeline import load_pipeline
+
+    pipelines = [load_pipeline(source) for source in pipeline or ["framefusion"]]
+    if budget is not None:
+        asked = Budget.parse(budget)
+        pipelines = [loaded.model_copy(update={"budget": asked}) for loaded in pipelines]
+    from tokenreduce.cli._media import read_question
+
+    asking = read_question(video, question, model, fps, max_frames)
+    folder = _new_folder(output or Path("runs") / asking.name, force)
+
+    from tokenreduce.runner import measure, name_arms
+
+    arms = name_arms(pipelines)
+    loaded, note = asking.load()
+    with _progress() as tell:
+        tell("decoding and preparing")
+        inputs = asking.prepare(loaded)
+        measure(
+            loaded, inputs, arms, repeats=repeats, new_tokens=new_tokens, decode=asking.decoder(loaded), progress=tell
+        )
+        tell("drawing")
+        from tokenreduce.cli._report import write_report
+
+        written = write_report(folder, loaded, inputs, arms, asking)
+    _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
+    for line in (*note, *written):
+        print(line)
+
+
+def _print(arms: list[Arm], question: str, expected: str | None, width: int) -> None:
+    from tokenreduce.cli._output import print_table
+
+    dense = arms[0]
+    print(f"question: {question}" + (f" (expected: {expected})" if expected else ""))
+    print(f"input: {width} tokens")
+    rows = []
+    for arm in arms:
+        rows.append(
+            [
+                arm.name,
+                f"{sum(arm.tokens) / len(arm.tokens):.0f} ({sum(arm.tokens) / sum(dense.tokens):.3f})",
+                f"{arm.flops / 1e9:.2f} ({arm.flops / dense.flops:.3f})",
+                f"{arm.cache_bytes / 2**20:.2f}",
+                f"{1e3 * arm.llm_median:.0f} ({dense.llm_median / arm.llm_median:.2f}×)",
+                f"{1e3 * arm.total_median:.0f} ({dense.total_median / arm.total_median:.2f}×)",
+                f"{1e3 * arm.decode_seconds:.1f}",
+                arm.answer,
+            ]
+        )
+    columns = ["arm", "tokens/layer", "GFLOP", "KV MiB", "LLM prefill ms", "with vision ms", "ms/token", "answer"]
+    print_table(columns, rows)
+
+
+def _new_folder(folder: Path, force: bool) -> Path:
+    from tokenreduce.errors import TokenReduceError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=force)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError:
+        raise TokenReduceError(f"{folder} exists; give another --output, or --force to write into it") from None
+    except OSError as error:
+        raise TokenReduceError(f"{folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def _progress() -> Any:
+    """A spinner on a terminal, nothing anywhere else."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+
+    @contextmanager
+    def spinner() -> Any:
+        console = Console(stderr=True)
+        with console.status("starting") as status:
+            yield lambda line: status.update(str(line))
+
+    return spinner()

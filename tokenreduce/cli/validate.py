@@ -1,0 +1,31 @@
+"""`tokenreduce validate`"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML files, or names of presets.")],
+) -> None:
+    """Check pipelines; say with line and column what is wrong.
+
+    \b
+    Example:
+      tokenreduce validate framefusion my_pipeline.yaml
+    """
+    from tokenreduce.pipeline import pipeline_problems
+
+    failed = False
+    for file in files:
+        problems = pipeline_problems(file)
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{file}: ok")
+        failed = failed or bool(problems)
+    if failed:
+        raise typer.Exit(2)
