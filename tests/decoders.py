@@ -15,6 +15,7 @@ from tokenreduce.cost import DecoderShape
 from tokenreduce.layout import TokenLayout
 from tokenreduce.strategy import Site, StageContext
 
+FIRST = Site(0, "pre_attention")
 KINDS = ("static", "noise", "mixed", "drift", "cuts", "zeros")
 """Videos that `embeddings` can look like."""
 
@@ -45,7 +46,9 @@ def decoder(
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype).eval()
 
 
-def embeddings(layout: TokenLayout, hidden: int, kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def embeddings(
+    layout: TokenLayout, hidden: int, kind: str, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """(B, N, hidden): vision tokens that repeat (`static`), never do (`noise`), do in half of the slots (`mixed`), change
     slowly (`drift`), change all at once every third frame (`cuts`) or are all zero; text is noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +88,7 @@ def account(
 def context(
     hidden: Tensor,
     layout: TokenLayout,
-    site: Site = Site(0, "pre_attention"),
+    site: Site = FIRST,
     *,
     allowance: int | None = None,
     depth: int = 4,

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tokenreduce.budget import Budget
-    from tokenreduce.engine.attach import Run, attach, reduce
+    from tokenreduce.engine.attach import Run, attach, detach, reduce
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.layout import TokenLayout
     from tokenreduce.models import load_model, prepare
@@ -25,6 +25,7 @@ _HOME = {
     "TokenReduceError": "tokenreduce.errors",
     "Trace": "tokenreduce.trace",
     "attach": "tokenreduce.engine.attach",
+    "detach": "tokenreduce.engine.attach",
     "load_model": "tokenreduce.models",
     "load_pipeline": "tokenreduce.pipeline",
     "prepare": "tokenreduce.models",
@@ -40,6 +41,7 @@ __all__ = [
     "TokenReduceError",
     "Trace",
     "attach",
+    "detach",
     "load_model",
     "load_pipeline",
     "prepare",

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokenreduce.cost import DecoderShape, prefill_flops
-from tokenreduce.errors import BudgetError
+from tokenreduce.errors import BudgetError, nearest
 from tokenreduce.strategy import SITE_ORDER, Site
 
 SPAN_BLOCK = 128
@@ -24,7 +24,11 @@ SPAN_BLOCK = 128
 
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_QUANTITY = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?(?:e[0-9]{1,3})?)\s*([kmgtp]?i?)(b|bytes|flops?)?\s*", re.IGNORECASE)
+_QUANTITY = re.compile(
+    r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?(?:e[0-9]{1,2})?)\s*([kmgtp]?i?)(b|bytes|flops?)?\s*", re.IGNORECASE
+)
+_SUFFIXES = {"tokens": (), "flops": ("flop", "flops"), "kv_cache": ("b", "bytes")}
+_EXAMPLES = {"tokens": "", "flops": " or an amount such as 12.5T", "kv_cache": " or an amount such as 512MiB"}
 
 
 class Budget(BaseModel):
@@ -51,6 +55,13 @@ class Budget(BaseModel):
         "exact",
         description="`exact` never exceeds the budget; `released` rounds as the released FrameFusion code does.",
     )
+
+    @field_validator("tokens", "flops", "kv_cache", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"expected a number, got {value}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Budget:
@@ -90,7 +101,15 @@ class Budget(BaseModel):
         """A Budget from a Budget, a share in (0, 1] (of tokens), or a mapping. Raises BudgetError."""
         if isinstance(value, Budget):
             return value
-        if isinstance(value, (int, float, str)):
+        if value is None:
+            raise BudgetError(
+                "budget: expected a share in (0, 1] such as 0.3, or a mapping such as {tokens: 0.3}, got None"
+            )
+        if isinstance(value, Mapping):
+            unknown = [key for key in value if key not in cls.model_fields]
+            if unknown:
+                raise BudgetError(f"budget: unknown field {unknown[0]!r}{nearest(str(unknown[0]), cls.model_fields)}")
+        else:
             share = _number(value, "tokens")
             if share > 1:
                 raise BudgetError(
@@ -102,10 +121,8 @@ class Budget(BaseModel):
             return cls.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BudgetError(
-                f"budget{'.' + where if where else ''}: {first['msg'].removeprefix('Value error, ')}"
-            ) from None
+            where = f" {first['loc'][0]}" if first["loc"] else ""
+            raise BudgetError(f"budget{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
     def __str__(self) -> str:
         value = getattr(self, self.unit)
@@ -115,21 +132,24 @@ class Budget(BaseModel):
 def _number(value: Any, unit: str) -> Fraction:
     """The positive amount `value` stands for; BudgetError where it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise BudgetError(f"budget {unit}: expected a number, got {value!r}")
+        raise BudgetError(f"budget {unit}: expected a number, got {value!r:.80}")
     if isinstance(value, float) and not math.isfinite(value):
         raise BudgetError(f"budget {unit}: expected a finite number above 0, got {value}")
     if isinstance(value, str):
         match = _QUANTITY.fullmatch(value)
         scale = (_BINARY | _SCALES).get(match[2].lower()) if match else None
-        if match is None or scale is None:
+        suffix = (match[3] or "").lower() if match else ""
+        if match is None or scale is None or (suffix and suffix not in _SUFFIXES[unit]):
             raise BudgetError(
-                f"budget {unit}: cannot read {value!r}; write a share such as 0.3 or an amount such as 512MiB"
+                f"budget {unit}: cannot read {value!r:.80}; write a share such as 0.3{_EXAMPLES[unit]}, above 0"
             )
         number = Fraction(match[1]) * scale
+        if 0 < number <= 1 and (match[2] or suffix):
+            raise BudgetError(f"budget {unit}: {value!r} is next to nothing; a share is written without a unit")
     else:
-        number = Fraction(repr(value))
+        number = Fraction(value if isinstance(value, int) else repr(float(value)))
     if number <= 0:
-        raise BudgetError(f"budget {unit}: expected a number above 0, got {value}")
+        raise BudgetError(f"budget {unit}: expected a number above 0, got {value!s:.80}")
     return number
 
 
@@ -183,11 +203,13 @@ class Account:
         """What token counts for all layers would come to, in the coin of `limit`."""
         assert self.budget is not None
         if self.budget.unit == "flops":
-            return prefill_flops(self.shape, attn, ffn, pairs=pairs) + self.selector_flops
+            return prefill_flops(self.shape, attn, ffn, pairs=pairs) + (self.selector_flops if self.reads else 0)
         return sum(kv) - (self.fixed * len(kv) if self.budget.of == "vision" else 0)
 
-    def project(self, now: int, changes: Sequence[Change]) -> int:
-        """Cost of the whole forward if the sequence, with `now` tokens, goes on through `changes`."""
+    def project(self, now: int, changes: Sequence[Change], reading: int = 0) -> int:
+        """Cost of the whole forward if the sequence, with `now` tokens, goes on through `changes`.
+
+        reading: FLOPs that are still to be spent on importance."""
         attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
         pending = {site.order: count for site, count in changes}
         count = now
@@ -200,11 +222,16 @@ class Account:
                     pairs.append(None)
                 if kind == "pre_ffn" and layer >= len(ffn):
                     ffn.append(count)
-        return self.cost(attn, ffn, kv, pairs)
+        return self.cost(attn, ffn, kv, pairs) + (reading if self.reads else 0)
 
-    def affordable(self, now: int, changes: Sequence[Change]) -> bool:
+    def affordable(self, now: int, changes: Sequence[Change], reading: int = 0) -> bool:
         """Whether that meets the budget."""
-        return self.project(now, changes) <= self.limit
+        return self.project(now, changes, reading) <= self.limit
+
+    @property
+    def reads(self) -> bool:
+        """Whether the budget has to pay for importance; a share of 1 keeps everything all the same."""
+        return self.budget is not None and self.budget.unit == "flops" and self.budget.amount != 1
 
     def allowance(self, site: Site, reducible: int, later: Sequence[Site] = ()) -> int:
         """The most reducible tokens that may stay from `site` on; −1 if not even none does.
@@ -234,17 +261,9 @@ class Account:
 
         tokens: tokens alive. span: whether queries see a moving span instead of merged keys, see `kv_pairs`.
         """
-        coming = [at for at in scheduled if at >= layer]
 
         def fits(held: int) -> bool:
-            attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
-            for at in range(layer, self.shape.layers):
-                reduced = at in coming
-                attn.append(tokens)
-                ffn.append(tokens)
-                kv.append(held if reduced else tokens)
-                pairs.append(kv_pairs(tokens, held, span) if reduced else None)
-            return self.cost(attn, ffn, kv, pairs) <= self.limit
+            return self.project_kv(layer, scheduled, tokens, held, span) <= self.limit
 
         if not fits(0):
             return -1
@@ -254,26 +273,40 @@ class Account:
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
+    def project_kv(self, layer: int, scheduled: Sequence[int], tokens: int, held: int, span: bool) -> int:
+        """Cost of the whole forward if the caches of `layer` and of the later ones in `scheduled` hold `held` tokens."""
+        attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
+        for at in range(layer, self.shape.layers):
+            reduced = at in scheduled and held < tokens
+            attn.append(tokens)
+            ffn.append(tokens)
+            kv.append(held if reduced else tokens)
+            pairs.append(kv_pairs(tokens, held, span) if reduced else None)
+        return self.cost(attn, ffn, kv, pairs)
+
     def share(self, cost: int) -> float:
-        """`cost` as a share of the dense prefill, in the budget's unit: what to ask for so that `cost` fits."""
+        """`cost` as a share of the dense prefill, rounded up to four places: what to ask for so that it fits."""
         assert self.budget is not None
         dense = [self.total] * self.shape.layers
-        return cost / max(self.cost(dense, dense, dense, [None] * len(dense)), 1)
+        whole = self.cost(dense, dense, dense, [None] * len(dense)) - (self.selector_flops if self.reads else 0)
+        return math.ceil(Fraction(10**4 * cost, max(whole, 1))) / 10**4
 
-    def refusal(self, least: int) -> BudgetError:
-        """The error for a budget that even `least`, the cost of the smallest allowed choice, exceeds."""
+    def refusal(self, least: int, reason: str = "") -> BudgetError:
+        """The error for a budget that even `least`, the cost of the smallest allowed choice, exceeds.
+
+        reason: why, where it is not that the stages act too late."""
         assert self.budget is not None
         if self.budget.relative:
-            smallest = f"{math.ceil(self.share(least) * 1e4) / 1e4:g}"
+            smallest = f"{min(self.share(least), 1):g}"
         elif self.budget.unit == "tokens":
-            smallest = f"{math.ceil(least / self.shape.layers)} tokens"
+            smallest = f"{-(-least // self.shape.layers)} tokens"
         elif self.budget.unit == "flops":
-            smallest = f"{least:.4g} FLOPs"
+            smallest = f"{least} FLOPs"
         else:
             smallest = f"{least * 2 * self.shape.kv_heads * self.shape.head_dim * self.cache_bytes} bytes"
+        why = reason or (f"{self.fixed} of {self.total} tokens always stay and the stages act too late to save more")
         return BudgetError(
-            f"budget {self.budget} cannot be met: {self.fixed} of {self.total} tokens always stay and the stages act too late "
-            f"to save more; the smallest feasible budget here is {smallest}"
+            f"budget {self.budget} cannot be met: {why}; the smallest feasible budget here is {smallest}"
         )
 
 

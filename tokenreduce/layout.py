@@ -36,6 +36,14 @@ class TokenLayout:
     protected: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            wanted = torch.bool if field.name == "protected" else torch.long
+            if (value is not None or field.name in ("slot", "frame")) and getattr(value, "dtype", None) != wanted:
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise LayoutError(
+                    f"layout.{field.name} must be a {'bool' if wanted == torch.bool else 'long'} tensor, got {got}"
+                )
         shape = self.slot.shape
         if self.slot.dim() != 2:
             raise LayoutError(f"layout.slot must be (batch, tokens), got shape {tuple(shape)}; add the batch dimension")
@@ -47,6 +55,8 @@ class TokenLayout:
                 )
         if bool(((self.slot >= 0) != (self.frame >= 0)).any()):
             raise LayoutError("layout.slot and layout.frame disagree on which tokens are vision; both are −1 for text")
+        if self.medium is not None and bool(((self.medium < 0) & (self.slot >= 0)).any()):
+            raise LayoutError("layout.medium is negative for a vision token; media are numbered from 0")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -92,6 +92,17 @@ class Pipeline(BaseModel):
         _check_plain(value)
         return value
 
+    def with_budget(self, budget: Any) -> Pipeline:
+        """The same pipeline under another budget: a share in (0, 1], a mapping, or a Budget.
+
+        A bare share replaces the number alone where the pipeline's budget is a share of tokens, so that what the share is of
+        and how it is rounded stay the method's. Raises BudgetError.
+        """
+        asked, own = Budget.parse(budget), self.budget
+        if isinstance(budget, (int, float, str)) and own is not None and own.tokens is not None and own.relative:
+            asked = own.model_copy(update={"tokens": asked.tokens})
+        return self.model_copy(update={"budget": asked})
+
     def to_yaml(self) -> str:
         """YAML that `load_pipeline` takes for the same pipeline. Fields at their defaults are left out."""
         data = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)

@@ -64,11 +64,11 @@ class Reduction:
 
     def validate(self) -> None:
         """Raise LayoutError unless every token is kept, merged into a kept token of its row, or dropped."""
-        n = self.target.shape[1]
         if self.target.dtype != torch.long or self.target.dim() != 2:
             raise LayoutError(
                 f"Reduction.target must be a (B, N) long tensor, got {self.target.dtype} {self.target.shape}"
             )
+        n = self.target.shape[1]
         if n and (int(self.target.min()) < -1 or int(self.target.max()) >= n):
             raise LayoutError(f"Reduction.target must lie in −1 … {n - 1}")
         kept = self.kept
@@ -120,9 +120,11 @@ class Reduction:
             weights = torch.ones_like(weights)
         members = row * n + source
         head_weight = weights[heads]
-        total = head_weight.index_add(0, group, weights[members])
-        summed = flat[heads].to(exact) * head_weight[:, None]
-        summed = summed.index_add(0, group, flat[members].to(exact) * weights[members][:, None])
+        # Weights are divided by a power of two first, which changes no bit of the mean: the sum of large rows overflows.
+        total, exponent = head_weight.index_add(0, group, weights[members]).frexp()
+        share = torch.ldexp(torch.ones_like(total), -exponent)
+        summed = flat[heads].to(exact) * (head_weight * share)[:, None]
+        summed = summed.index_add(0, group, flat[members].to(exact) * (weights[members] * share[group])[:, None])
         place = torch.empty(rows * n, dtype=torch.long, device=hidden.device)
         columns = torch.arange(index.shape[1], device=hidden.device).expand(rows, -1)
         # Left padding repeats tokens that go, never a head, so no head is written twice.

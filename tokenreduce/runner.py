@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.cost import DecoderShape, kv_bytes, prefill_flops
+from tokenreduce.cost import DecoderShape, prefill_flops
 from tokenreduce.engine.attach import Run, attach
 from tokenreduce.errors import PipelineError
 from tokenreduce.pipeline import Pipeline
@@ -26,7 +26,8 @@ class Arm:
     """One way of running the input, and what came of it.
 
     tokens: per layer of the KV cache after the prefill. llm_seconds, total_seconds: of each repetition of the prefill, the
-    decoder alone and with the vision tower. decode_seconds: per generated token. cache_bytes: of the cache's tensors.
+    decoder alone and with the vision tower. decode_seconds: median per generated token
+    after the first, None if there is none. cache_bytes: of the cache's tensors.
     source: (N,) long, the column whose token stands for each input token when decoding begins, −1 if none does.
     """
 
@@ -39,7 +40,7 @@ class Arm:
     cache_bytes: int = 0
     llm_seconds: list[float] = field(default_factory=list)
     total_seconds: list[float] = field(default_factory=list)
-    decode_seconds: float = 0.0
+    decode_seconds: float | None = None
     answer: str = ""
     logits: Tensor | None = None
     source: Tensor | None = None
@@ -95,12 +96,11 @@ def measure(
                         arm.total_seconds.append(total)
         for arm in arms:
             tell(f"{arm.name}: answer")
-            with _attached(model, arm):
-                started = time.perf_counter()
+            with _attached(model, arm), _timed(model) as spans:
                 ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-                seconds = time.perf_counter() - started
-            new = ids[0, inputs["input_ids"].shape[1] :] if ids.shape[1] > inputs["input_ids"].shape[1] else ids[0]
-            arm.decode_seconds = max(seconds - arm.total_median, 0.0) / max(len(new), 1)
+            arm.decode_seconds = statistics.median(spans[1:]) if len(spans) > 1 else None
+            width = inputs["input_ids"].shape[1]
+            new = ids[0, width:] if ids.shape[1] > width else ids[0]
             arm.answer = decode(new).strip() if decode is not None else " ".join(map(str, new.tolist()))
 
 
@@ -116,22 +116,30 @@ def _attached(model: nn.Module, arm: Arm) -> Iterator[Run | None]:
         run.detach()
 
 
-def _prefill(model: Any, inputs: Mapping[str, Any]) -> tuple[float, float, Any]:
-    """(decoder's seconds, all seconds, output) of one prefill."""
+@contextmanager
+def _timed(model: Any) -> Iterator[list[float]]:
+    """Seconds of each forward of the decoder inside `model`."""
     text = model.get_decoder() if hasattr(model, "get_decoder") else model
-    times: list[float] = []
+    starts: list[float] = []
+    spans: list[float] = []
     handles = [
-        text.register_forward_pre_hook(lambda *_: times.append(time.perf_counter())),
-        text.register_forward_hook(lambda *_: times.append(time.perf_counter())),
+        text.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        text.register_forward_hook(lambda *_: spans.append(time.perf_counter() - starts[-1])),
     ]
     try:
-        started = time.perf_counter()
-        out = model(**inputs, use_cache=True, logits_to_keep=1)
-        total = time.perf_counter() - started
+        yield spans
     finally:
         for handle in handles:
             handle.remove()
-    return times[-1] - times[0], total, out
+
+
+def _prefill(model: Any, inputs: Mapping[str, Any]) -> tuple[float, float, Any]:
+    """(decoder's seconds, all seconds, output) of one prefill."""
+    with _timed(model) as spans:
+        started = time.perf_counter()
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        total = time.perf_counter() - started
+    return spans[0], total, out
 
 
 def _note(model: Any, arm: Arm, run: Run | None, out: Any, width: int) -> None:
@@ -156,8 +164,3 @@ def _note(model: Any, arm: Arm, run: Run | None, out: Any, width: int) -> None:
     if seen is not None:  # Hidden states all stay at `kv` sites; what decoding can see is what the last cache holds.
         held = torch.isin(torch.arange(width), seen[0].cpu())
         arm.source = torch.where(held, torch.arange(width), -1)
-
-
-def dense_cache_bytes(shape: DecoderShape, width: int, element: int) -> int:
-    """Bytes of the dense KV cache of `width` tokens."""
-    return kv_bytes(shape, [width] * shape.layers, element)

@@ -91,7 +91,9 @@ class StageConfig(BaseModel):
         if self.at is not None and (self.from_ is not None or self.until is not None):
             if "at" in self.model_fields_set:
                 raise ValueError("a stage says either `at` or `from`/`until`, not both")
-            raise ValueError(f"{self.strategy} acts at the layers in `at` ({self.at}); list them there instead of `from`/`until`")
+            raise ValueError(
+                f"{self.strategy} acts at the layers in `at` ({self.at}); list them there instead of `from`/`until`"
+            )
         if self.from_ is not None and self.until is not None and self.until < self.from_:
             raise ValueError(f"`until: {self.until}` comes before `from: {self.from_}`")
         if isinstance(self.at, list) and (not self.at or self.at != sorted(set(self.at))):
@@ -156,6 +158,7 @@ class StageContext:
     state: dict[str, Any] = field(default_factory=dict)
     attention_source: Callable[[Queries, Heads], Tensor] | None = None
     allowance_source: Callable[[Action], int] | None = None
+    refusal_source: Callable[[int, str], BudgetError] | None = None
 
     @property
     def n(self) -> int:
@@ -178,6 +181,13 @@ class StageContext:
                 "this stage solves its count from a budget and there is none; give `budget` or the stage's `keep`"
             )
         return self.allowance_source(action)
+
+    def refusal(self, least: int, reason: str) -> BudgetError:
+        """The error to raise where the strategy cannot go down to its allowance: names the smallest budget that it can meet.
+
+        least: what it could leave here (reducible tokens; at `kv` sites, tokens in all). reason: why not less, in a clause.
+        """
+        return BudgetError(reason) if self.refusal_source is None else self.refusal_source(least, reason)
 
     def attention(self, queries: Queries = "last", heads: Heads = "mean") -> Tensor:
         """(n,) float32: attention that each token receives, summed over `queries`, then mean or max over heads.
@@ -227,6 +237,12 @@ class CountView:
     allowance_source: Callable[[Action], int] | None
     similar: float = 0.5
     frames: int = 1
+    reading: Callable[[Queries], None] | None = None
+
+    def attention(self, queries: Queries = "last") -> None:
+        """To be called where `decide` reads attention: a budget of FLOPs has to pay for it."""
+        if self.reading is not None:
+            self.reading(queries)
 
     def allowance(self, action: Action = "prune") -> int:
         """As StageContext.allowance."""

@@ -36,12 +36,17 @@ class Asking:
 
     def load(self) -> tuple[Any, list[str]]:
         """The model in eval mode, and lines to tell the user about it."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         if self.model == EMBEDDED:
             from tokenreduce.testbed.embedded import load_embedded
 
             model = load_embedded()
             if not model.is_trained:
-                self.notes.append("the embedded model has random weights: its answers mean nothing, its counts and times do")
+                self.notes.append(
+                    "the embedded model has random weights: its answers mean nothing, its counts and times do"
+                )
             return model, self.notes
         from tokenreduce.models import load_model
 
@@ -55,7 +60,12 @@ class Asking:
         # The embedded model spells numbers digit by digit: frame times would be a third of its input.
         times = self.model != EMBEDDED
         return prepare(
-            model, list(clip.frames), self.question, frame_times=clip.times, duration=clip.duration, time_instruction=times
+            model,
+            list(clip.frames),
+            self.question,
+            frame_times=clip.times,
+            duration=clip.duration,
+            time_instruction=times,
         )
 
     def decoder(self, model: Any) -> Callable[[Any], str] | None:

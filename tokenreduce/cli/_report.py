@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from tokenreduce import plugins
 from tokenreduce.adapter import Prompt
 from tokenreduce.cli._media import Asking
-from tokenreduce.engine.attach import Run
 from tokenreduce.layout import NEWLINE, PLAIN, TokenLayout
 from tokenreduce.pictures import comparison_sheet, kept_patches, tokens_per_layer
 from tokenreduce.runner import Arm
@@ -21,7 +22,8 @@ def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequ
     """Write everything and return lines that say what is where."""
     summary = [_summary(arm) for arm in arms]
     (folder / "summary.json").write_text(
-        json.dumps({"question": asking.question, "expected": asking.expected, "arms": summary}, indent=2), encoding="utf-8"
+        json.dumps({"question": asking.question, "expected": asking.expected, "arms": summary}, indent=2),
+        encoding="utf-8",
     )
     for arm in arms:
         (folder / arm.name).mkdir(exist_ok=True)
@@ -47,7 +49,15 @@ def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequ
             title=f"{name}: {title}", times=asking.clip.times,
         )  # fmt: skip
     comparison_sheet(
-        asking.shown, slot, frame, sources, grid, marker, folder / "comparison.png", title=title, times=asking.clip.times
+        asking.shown,
+        slot,
+        frame,
+        sources,
+        grid,
+        marker,
+        folder / "comparison.png",
+        title=title,
+        times=asking.clip.times,
     )
     return [*lines, f"wrote {folder}/comparison.png and {folder}/ARM/kept.png: what became of each patch"]
 
@@ -71,13 +81,12 @@ def frame_grid(layout: TokenLayout, aspect: float) -> tuple[int, int] | None:
 
 
 def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[Arm]) -> TokenLayout | None:
-    pipelines = [arm.pipeline for arm in reduced if arm.pipeline is not None]
-    if not pipelines:
+    adapter = next((adapter for adapter in (cls() for cls in plugins.adapters()) if adapter.matches(model)), None)
+    if adapter is None or not reduced:
         return None
-    adapter = Run(model, pipelines[0].model_copy(update={"stages": []})).adapter
     prompt = Prompt(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"), inputs)
     layout = adapter.layout(model, prompt)
-    return None if layout is None else layout.to(inputs["input_ids"].new_zeros(1).cpu().device)
+    return None if layout is None else layout.to(torch.device("cpu"))
 
 
 def _summary(arm: Arm) -> dict[str, Any]:

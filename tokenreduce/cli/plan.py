@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from tokenreduce.architectures import Architecture
-    from tokenreduce.budget import Account, Budget
+    from tokenreduce.budget import Account
     from tokenreduce.pipeline import Pipeline
 
 BLOCKS = "▏▎▍▌▋▊▉█"
@@ -21,7 +21,8 @@ def plan(
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the model's.")] = None,
     budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
     similar: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of tokens taken to be similar to the frame before at the first merge.")
+        float,
+        typer.Option(min=0, max=1, help="Share of tokens taken to be similar to the frame before at the first merge."),
     ] = 0.5,
     output: Annotated[Path | None, typer.Option(help="PNG to draw; must be new.")] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
@@ -35,7 +36,6 @@ def plan(
       tokenreduce plan fastv streaming_llm --model path/to/config.json --budget 0.2 --output plan.png
     """
     from tokenreduce.architectures import architecture
-    from tokenreduce.budget import Budget
     from tokenreduce.cli._output import print_json
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import load_pipeline
@@ -43,11 +43,11 @@ def plan(
     if output is not None and output.exists() and not force:
         raise TokenReduceError(f"{output} exists; give another --output, or --force to overwrite it")
     arch = architecture(model)
-    asked = None if budget is None else Budget.parse(budget)
     plans = {}
     for source in pipeline:
         loaded = load_pipeline(source)
-        plans[loaded.name] = _forecast(loaded, arch, frames, asked, similar)
+        loaded = loaded if budget is None else loaded.with_budget(budget)
+        plans[loaded.name] = _forecast(loaded, arch, frames, similar)
     if json:
         print_json({name: _data(account) for name, account in plans.items()})
     else:
@@ -61,9 +61,7 @@ def plan(
         _draw(plans, output)
 
 
-def _forecast(
-    pipeline: Pipeline, arch: Architecture, frames: int | None, budget: Budget | None, similar: float
-) -> Account:
+def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, similar: float) -> Account:
     from tokenreduce.budget import Account
     from tokenreduce.engine.schedule import check, forecast
     from tokenreduce.errors import TokenReduceError
@@ -71,7 +69,7 @@ def _forecast(
 
     strategies = build(pipeline)
     total, reducible = arch.tokens(frames), arch.vision_tokens(frames)
-    account = Account(budget or pipeline.budget, arch.shape, total, reducible, arch.dtype_bytes)
+    account = Account(pipeline.budget, arch.shape, total, reducible, arch.dtype_bytes)
     try:
         check(strategies, account)
         forecast(strategies, account, similar=similar, frames=arch.steps(frames))

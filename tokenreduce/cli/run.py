@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def run(
-    video: Annotated[str, typer.Argument(help="A video file, or `demo`: a real clip with numbered tiles drawn into it.")],
+    video: Annotated[
+        str, typer.Argument(help="A video file, or `demo`: a real clip with numbered tiles drawn into it.")
+    ],
     question: Annotated[str, typer.Option(help="What to ask.")] = "",
     pipeline: Annotated[
         list[str] | None, typer.Option(help="Preset or YAML file; may be given several times. Default: framefusion.")
@@ -35,17 +38,16 @@ def run(
       tokenreduce run demo --pipeline framefusion --pipeline fastv
       tokenreduce run clip.mp4 --question "What happens?" --pipeline my.yaml --budget 0.3 --model PATH
     """
-    from tokenreduce.budget import Budget
     from tokenreduce.pipeline import load_pipeline
 
     pipelines = [load_pipeline(source) for source in pipeline or ["framefusion"]]
     if budget is not None:
-        asked = Budget.parse(budget)
-        pipelines = [loaded.model_copy(update={"budget": asked}) for loaded in pipelines]
+        pipelines = [loaded.with_budget(budget) for loaded in pipelines]
     from tokenreduce.cli._media import read_question
 
     asking = read_question(video, question, model, fps, max_frames)
-    folder = _new_folder(output or Path("runs") / asking.name, force)
+    folder = output or Path("runs") / asking.name
+    _check_folder(folder, force)
 
     from tokenreduce.runner import measure, name_arms
 
@@ -60,6 +62,7 @@ def run(
         tell("drawing")
         from tokenreduce.cli._report import write_report
 
+        folder.mkdir(parents=True, exist_ok=True)
         written = write_report(folder, loaded, inputs, arms, asking)
     _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
     for line in (*note, *written):
@@ -82,7 +85,7 @@ def _print(arms: list[Arm], question: str, expected: str | None, width: int) -> 
                 f"{arm.cache_bytes / 2**20:.2f}",
                 f"{1e3 * arm.llm_median:.0f} ({dense.llm_median / arm.llm_median:.2f}×)",
                 f"{1e3 * arm.total_median:.0f} ({dense.total_median / arm.total_median:.2f}×)",
-                f"{1e3 * arm.decode_seconds:.1f}",
+                "-" if arm.decode_seconds is None else f"{1e3 * arm.decode_seconds:.1f}",
                 arm.answer,
             ]
         )
@@ -90,19 +93,16 @@ def _print(arms: list[Arm], question: str, expected: str | None, width: int) -> 
     print_table(columns, rows)
 
 
-def _new_folder(folder: Path, force: bool) -> Path:
+def _check_folder(folder: Path, force: bool) -> None:
+    """Refuse, before any work, a folder that exists or could not be made."""
     from tokenreduce.errors import TokenReduceError
 
-    try:
-        folder.mkdir(parents=True, exist_ok=force)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except FileExistsError:
-        raise TokenReduceError(f"{folder} exists; give another --output, or --force to write into it") from None
-    except OSError as error:
-        raise TokenReduceError(f"{folder} cannot be written: {error.strerror}") from None
-    return folder
+    if folder.exists() and not (force and folder.is_dir()):
+        remedy = "or --force to write into it" if folder.is_dir() else "it is not a folder"
+        raise TokenReduceError(f"{folder} exists; give another --output, {remedy}")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise TokenReduceError(f"{folder} cannot be written: {parent} is not a folder one can write to")
 
 
 def _progress() -> Any:

@@ -5,5 +5,13 @@ sequence.py  one sequence's tokens, and what a stage sees of them
 forward.py   one forward of one attachment: batches, rotary positions, masks, deepstack rows
 cache.py     KV cache layers that hold their own tokens and report logical lengths
 tap.py       the way into attention: masks, importance, spans
-attach.py    hooks on and off; checks of model, cache and mode
+parallel.py  attention heads that are spread over several processes
+hooks.py     hooks that do no harm on copies, in pickles and after detach
+layers.py    the hooks inside the layers, on while a forward reduces
+host.py      the model: its facts, the hooks around its decoder, its configuration
+probe.py     proves on the real layers what an adapter says about them
+call.py      one call of the decoder: its layout, its sequences
+checks.py    what is refused by name
+run.py       a pipeline on a model: how a forward begins and ends
+attach.py    attach, reduce, detach
 """

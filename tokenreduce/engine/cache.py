@@ -26,23 +26,30 @@ class KvPlan:
     """What the engine says about one update of one layer.
 
     logical: tokens that transformers believes it appends. valid: (B, n) bool of the tokens that come. At `kv` sites also
-    position: (B, n) long; reduction: to apply to keys and values; sinks and window: (B,) long, the span to hold.
+    position: (B, n) long; reduction: to apply to keys and values, of tokens that stand for size (B, n) long originals;
+    sinks and window: (B,) long, the span to hold; end: (B,) long, the position after the last token.
+    draft: last tokens that may yet be taken back, see Forward. repacked: these are not the tokens that transformers believes.
     """
 
     logical: int
     valid: Tensor | None = None
     position: Tensor | None = None
+    end: Tensor | None = None
+    draft: int = 0
     reduction: Reduction | None = None
+    size: Tensor | None = None
     sinks: int = 0
     window: Tensor | None = None
+    repacked: bool = False
 
 
 class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values (B, G, held, d) of the tokens that one decoder layer holds.
 
     logical: tokens seen, as transformers counts. valid: (B, held) bool, None if none is padding. position: (B, held) long,
-    place of each token in its sequence, kept only where a span or a merge at a `kv` site needs it; window: (B,) long and
-    sinks, the span that later queries see. plan: what the engine says about the next update.
+    place of each token in its sequence, kept only where a span or a merge at a `kv` site needs it, and with it end: (B,) long,
+    the place of the next token; window: (B,) long and sinks, the span that later queries see. plan: what the engine says
+    about the next update.
     """
 
     keys: Tensor
@@ -53,9 +60,11 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self.logical = 0
         self.valid: Tensor | None = None
         self.position: Tensor | None = None
+        self.end: Tensor | None = None
         self.window: Tensor | None = None
         self.sinks = 0
         self.plan: KvPlan | None = None
+        self.repacked = False
         self.seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property
@@ -66,7 +75,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def reduced(self) -> bool:
         """Whether it holds other tokens than transformers believes."""
-        return self.held != self.logical or self.window is not None
+        return self.held != self.logical or self.window is not None or self.repacked
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; `plan` may say which of the new tokens are valid and what to hold of them."""
@@ -77,32 +86,45 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         plan = self.plan or KvPlan(key_states.shape[-2])
         self.plan = None
         self.logical += plan.logical
+        self.repacked |= plan.repacked or plan.reduction is not None
         held, valid, position = self.held, plan.valid, plan.position
-        if plan.reduction is not None and position is not None:
-            key_states, value_states, position, valid = _reduced(plan.reduction, key_states, value_states, position)
+        if plan.reduction is not None and plan.size is not None and position is not None:
+            key_states, value_states, position, valid = _reduced(
+                plan.reduction, plan.size, key_states, value_states, position
+            )
         rows, new, device = key_states.shape[0], key_states.shape[-2], key_states.device
+        if self.position is not None or position is not None:
+            past, end = self.places(rows, device)
+            if position is None:
+                position = end[:, None] + torch.arange(new, device=device)
+            self.position, self.end = torch.cat([past, position], 1), end + new if plan.end is None else plan.end
         if self.valid is not None or valid is not None:
             old = torch.ones(rows, held, dtype=torch.bool, device=device) if self.valid is None else self.valid
             fresh = torch.ones(rows, new, dtype=torch.bool, device=device) if valid is None else valid
             # Layers of one stage share the very tensor, and with it the mask that is made from it.
             self.valid = torch.cat([old, fresh], 1) if held else fresh
-        if self.position is not None or position is not None:
-            old = torch.arange(held, device=device).expand(rows, -1) if self.position is None else self.position
-            if position is None:
-                position = old[:, -1:] + 1 + torch.arange(new, device=device)
-            self.position = torch.cat([old, position], 1)
         keys, values = super().update(key_states, value_states)
         self.seen = (self.position, self.valid)
         if plan.window is not None:
             self.window, self.sinks = plan.window, plan.sinks
-            self._forget()
+            self._forget(plan.draft)
         return keys, values
 
-    def _forget(self) -> None:
-        """Hold only the sinks and the window before the next token."""
+    def places(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(B, held) long: position of each token held, −1 on padding; and (B,) long, the position of the next token."""
+        if self.position is not None and self.end is not None:
+            return self.position, self.end
+        if self.valid is not None:
+            return torch.where(self.valid, self.valid.cumsum(1) - 1, -1), self.valid.sum(1)
+        everything = torch.arange(self.held, device=device).expand(rows, -1)
+        return everything, torch.full((rows,), self.held, device=device)
+
+    def _forget(self, draft: int) -> None:
+        """Hold only the sinks and the window before the next token, which may be the first of `draft` that came."""
         assert self.position is not None
+        assert self.end is not None
         assert self.window is not None
-        last = self.position[:, -1:]
+        last = self.end[:, None] - 1 - draft
         stays = (self.position < self.sinks) | (self.position > last - self.window[:, None])
         if self.valid is not None:
             stays &= self.valid
@@ -131,8 +153,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.logical, self.sinks = 0, 0
-        self.valid = self.position = self.window = self.plan = None
+        self.logical, self.sinks, self.repacked = 0, 0, False
+        self.valid = self.position = self.end = self.window = self.plan = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens. Only tokens that came after the reduced prefill can be."""
@@ -140,6 +162,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         super().crop(tokens_to_remove)
         gone = before - self.held
         self.logical -= gone
+        self.end = None if self.end is None else self.end - gone
         self._each(lambda t: t[:, : t.shape[1] - gone])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -161,30 +184,38 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self.valid = None if self.valid is None else change(self.valid)
         self.position = None if self.position is None else change(self.position)
         if rows:
+            self.end = None if self.end is None else change(self.end)
             self.window = None if self.window is None else change(self.window)
 
 
 def _reduced(
-    reduction: Reduction, keys: Tensor, values: Tensor, position: Tensor
+    reduction: Reduction, size: Tensor, keys: Tensor, values: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Keys and values (B, G, n, d) after a reduction of their tokens, with the positions and validity of what is left."""
     rows, groups, new, width = keys.shape
     flat = torch.cat([keys, values], -1).transpose(1, 2).reshape(rows, new, -1)
-    left = reduction.apply(flat, torch.ones_like(position))
+    left = reduction.apply(flat, size)
     assert left.hidden is not None
     both = left.hidden.view(rows, -1, groups, width + values.shape[-1]).transpose(1, 2)
     return both[..., :width], both[..., width:], position.gather(1, left.index), left.valid
 
 
-def adopt(cache: Any, depth: int) -> list[TokenLayer]:
-    """Swap the layers of `cache` for TokenLayers, in place, so that a user's own cache object goes on working.
-
-    Raises UnsupportedError, naming the cache, where it is not a plain DynamicCache.
-    """
+def refuse_cache(cache: Any) -> None:
+    """UnsupportedError, naming the cache, where it is not a plain DynamicCache."""
     if not isinstance(cache, DynamicCache):
         raise UnsupportedError(f"{type(cache).__name__} is not supported: token reduction needs a DynamicCache")
     if cache.offloading:
         raise UnsupportedError("an offloaded KV cache is not supported: token reduction needs a plain DynamicCache")
+
+
+def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLayer]:
+    """Swap the layers of `cache` for TokenLayers, in place, so that a user's own cache object goes on working.
+
+    valid: (B, held) bool, False where the tokens of earlier turns are padding.
+
+    Raises UnsupportedError, naming the cache, where it is not a plain DynamicCache.
+    """
+    refuse_cache(cache)
     layers: list[TokenLayer] = []
     for place in range(depth):
         old = cache.layers[place] if place < len(cache.layers) else None
@@ -201,6 +232,7 @@ def adopt(cache: Any, depth: int) -> list[TokenLayer]:
                 raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
             layer.lazy_initialization(old.keys, old.values)
             layer.keys, layer.values, layer.logical = old.keys, old.values, int(old.keys.shape[-2])
+            layer.valid = valid
         layers.append(layer)
     cache.layers[:] = layers
     return layers

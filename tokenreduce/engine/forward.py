@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce import cost
-from tokenreduce.budget import SPAN_BLOCK
+from tokenreduce.budget import SPAN_BLOCK, kv_pairs
 from tokenreduce.engine.cache import KvPlan, TokenLayer
+from tokenreduce.engine.parallel import over_ranks, total_heads
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
 from tokenreduce.engine.tap import Attention, attend_by_position, causal_mask
-from tokenreduce.errors import NotFiredError, PluginError, UnsupportedError
+from tokenreduce.errors import NotFiredError, PluginError, TokenReduceError, UnsupportedError
 from tokenreduce.ops.attention import importance, importance_flops
-from tokenreduce.reduction import Reduction
+from tokenreduce.reduction import Reduction, Weighting
 from tokenreduce.strategy import Decision, Heads, Queries, Site, SiteKind, Span
 from tokenreduce.trace import LayerTrace, StageTrace, Trace
+
+EVERYTHING = 1 << 40
+"""A window that no sequence outgrows."""
 
 REFUSED_ATTENTION = ("softcap", "s_aux", "position_bias")
 
@@ -31,7 +36,8 @@ class Forward:
         layers: the adopted KV cache layers, empty without a cache.
         modules: id of each attention module, and its layer. implementation: the attention implementation below the tap.
         valid: (B, N) bool, None if no token is padding. deepstack: per early layer, (B, N, D) rows to add after it.
-        started: tokens of earlier turns per row, (B,) long; needed only with `kv` sites.
+        draft: last tokens of the input that assisted decoding only guesses and may take back: the stages do not know of them.
+        group: the process group over which the attention heads are sharded, if they are.
     """
 
     def __init__(
@@ -45,20 +51,24 @@ class Forward:
         width: int,
         valid: Tensor | None,
         deepstack: list[Tensor] | None = None,
+        draft: int = 0,
+        group: Any = None,
     ) -> None:
         self.sequences, self.layers, self.modules = sequences, layers, modules
         self.implementation, self.config, self.width = implementation, config, width
-        self.valid = valid
+        self.valid, self.draft, self.group = valid, draft, group
         self.index: Tensor | None = None
         self.rotary: tuple[Tensor, ...] | None = None
         self.gathered: tuple[Tensor, ...] | None = None
         self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
         self.attention: tuple[int, Tensor, Tensor, float] | None = None
-        self.reads = {site.order for s in sequences[:1] for run in s.conductor.runs for site in _reads(run)}
-        self.kv_sites = any(site.kind == "kv" for s in sequences[:1] for run in s.conductor.runs for site in run.sites)
+        # A row of text alone has no stages.
+        self.reads = {site.order for s in sequences for run in s.conductor.runs for site in _reads(run)}
+        self.kv_sites = any(site.kind == "kv" for s in sequences for run in s.conductor.runs for site in run.sites)
         self.ffn: Tensor | None = None
         self.ffn_output: Tensor | None = None
         self.deepstack = deepstack or []
+        self.pairs: dict[tuple[int, int], int] = {}
         self.passengers: list[list[Tensor]] = [[rows[s.row, s.columns] for rows in self.deepstack] for s in sequences]
         self.stages: list[StageTrace] = []
         self.unseen: list[StageTrace] = []
@@ -70,7 +80,7 @@ class Forward:
         rows: list[Tensor] = []
         changed = False
         for number, sequence in enumerate(self.sequences):
-            hidden = x[sequence.row, x.shape[1] - len(sequence) :]
+            hidden = x[sequence.row, self._here(len(sequence), x.shape[1])]
             for run in sequence.conductor.due(site, sequence.__len__):
                 before = len(sequence)
                 decision = self._decide(sequence, run, site, hidden)
@@ -85,16 +95,30 @@ class Forward:
                         hidden, changed = left, True
                 self._record(sequence, run, site, decision, before, len(sequence), merged)
             rows.append(hidden)
+        if changed and self.draft:
+            rows = [torch.cat([row, x[s.row, -self.draft :]]) for row, s in zip(rows, self.sequences, strict=True)]
         return self._pack(rows) if changed else None
+
+    def _here(self, count: int, width: int) -> slice:
+        """Columns of a row's `count` tokens where the batch has `width`: after the padding, before the draft."""
+        return slice(width - self.draft - count, width - self.draft)
 
     def _decide(self, sequence: Sequence, run: StageRun, site: Site, hidden: Tensor) -> Decision:
         readable = self.attention is not None and site.kind != "kv"
-        answer = run.strategy.decide(sequence.context(run, site, hidden, self.importance if readable else None))
-        if isinstance(answer, Decision):
-            return answer
+        name = run.strategy.name
+        try:
+            answer = run.strategy.decide(sequence.context(run, site, hidden, self.importance if readable else None))
+        except TokenReduceError:
+            raise
+        except Exception as error:
+            raise PluginError(f"strategy {name} at {site} failed: {type(error).__name__}: {error}") from error
         if answer is None or isinstance(answer, Reduction):
-            return Decision(answer)
-        raise PluginError(f"strategy {run.strategy.name} at {site} returned a {type(answer).__name__}, not a Decision")
+            answer = Decision(answer)
+        if not isinstance(answer, Decision):
+            raise PluginError(f"strategy {name} at {site} returned a {type(answer).__name__}, not a Decision")
+        if answer.span is not None and site.kind != "kv":
+            raise PluginError(f"strategy {name} at {site} returned a span, which only a stage at a `kv` site can have")
+        return answer
 
     def _record(
         self, sequence: Sequence, run: StageRun, site: Site, decision: Decision, before: int, after: int, merged: int
@@ -107,7 +131,8 @@ class Forward:
     def _pack(self, rows: list[Tensor]) -> Tensor:
         """Rows (n, D) of different length as one left-padded batch; refreshes the batch's index and validity."""
         self.gathered = None
-        columns = [s.columns[s.alive] for s in self.sequences]
+        draft = torch.arange(self.width - self.draft, self.width, device=rows[0].device)
+        columns = [torch.cat([s.columns[s.alive], draft]) for s in self.sequences]
         if len(rows) == 1:
             self.index, self.valid = columns[0][None], None
             return rows[0][None]
@@ -126,9 +151,9 @@ class Forward:
 
     def enter_attention(self, layer: int, x: Tensor) -> None:
         """Account for the attention of `layer` over x, and tell its cache what will come."""
-        plan = KvPlan(self.width, self.valid)
+        plan = KvPlan(self.width, self.valid, draft=self.draft, repacked=self.index is not None)
         spans: list[int | None] = [None] * len(self.sequences)
-        if self.kv_sites:
+        if self.kv_sites or (self.layers and self.layers[layer].position is not None):
             spans = self._plan_kv(layer, x, plan)
         for sequence, held in zip(self.sequences, spans, strict=True):
             sequence.attended = sequence.alive
@@ -145,12 +170,12 @@ class Forward:
         self.deepstack.pop(0)
         rows = []
         for number, sequence in enumerate(self.sequences):
-            rows.append(out[sequence.row, out.shape[1] - len(sequence) :] + self.passengers[number].pop(0))
+            rows.append(out[sequence.row, self._here(len(sequence), out.shape[1])] + self.passengers[number].pop(0))
         if len(rows) == 1 and rows[0].shape[0] == out.shape[1]:
             return rows[0][None]
         padded = out.clone()
         for sequence, row in zip(self.sequences, rows, strict=True):
-            padded[sequence.row, out.shape[1] - len(sequence) :] = row
+            padded[sequence.row, self._here(len(sequence), out.shape[1])] = row
         return padded
 
     def rotate(self, embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -178,36 +203,58 @@ class Forward:
         width = x.shape[1]
         targets = torch.full(x.shape[:2], -1, dtype=torch.long, device=x.device)
         position = torch.full_like(targets, -1)
-        windows, held = [], []
-        sinks, reduced = 0, False
+        windows, held, remain = [], [], []
+        sinks = 0
+        size = torch.ones_like(targets)
+        weighting: Weighting | None = None
         past = self._past(layer, x.shape[0], x.device)
+        totals = torch.tensor([s.total for s in self.sequences], device=x.device)
+        draft = torch.arange(width - self.draft, width, device=x.device)
+        targets[:, draft] = draft
+        position[:, draft] = (past + totals)[:, None] + draft - width + self.draft
         for sequence in self.sequences:
-            n, pad = len(sequence), width - len(sequence)
-            targets[sequence.row, pad:] = torch.arange(pad, width, device=x.device)
-            position[sequence.row, pad:] = sequence.alive + past[sequence.row]
+            n, here = len(sequence), self._here(len(sequence), width)
+            pad = here.start
+            targets[sequence.row, here] = torch.arange(pad, here.stop, device=x.device)
+            position[sequence.row, here] = sequence.alive + past[sequence.row]
+            size[sequence.row, here] = sequence.size
             window: int | None = None
             count: int | None = None
+            kept = torch.ones(n, dtype=torch.bool, device=x.device)
             for run in sequence.conductor.due(site, sequence.__len__):
-                decision = self._decide(sequence, run, site, x[sequence.row, pad:])
+                decision = self._decide(sequence, run, site, x[sequence.row, here])
                 if decision.reduction is not None:
                     sequence.check(run.strategy.name, site, decision.reduction)
-                    target = decision.reduction.target[0]
-                    targets[sequence.row, pad:] = torch.where(target >= 0, target + pad, -1)
-                    count, reduced = int(decision.reduction.kept.sum()), True
+                    target, kept = decision.reduction.target[0], decision.reduction.kept[0]
+                    targets[sequence.row, here] = torch.where(target >= 0, target + pad, -1)
+                    count = int(kept.sum())
+                    if count < n:
+                        weighting = decision.reduction.weighting
                 if isinstance(decision.span, Span):
                     window, sinks = decision.span.window, decision.span.sinks
                     count = min(sinks + window, n)
                 self._record(sequence, run, site, decision, n, n if count is None else count, 0)
             windows.append(window)
             held.append(count)
-        if all(count is None for count in held):
-            return held
+            remain.append(kept)
+        plan.end = past + totals + self.draft
+        if weighting is None and all(window is None for window in windows):
+            known = bool(self.layers) and self.layers[layer].position is not None
+            plan.position = position if known or self.index is not None else None
+            return [None] * len(held)
+        for sequence, kept, count in zip(self.sequences, remain, held, strict=True):
+            n = len(sequence)
+            seen = kv_pairs(n, min(count or n, n), True) if weighting is None else _pairs_in_blocks(kept)
+            self.pairs[layer, sequence.row] = seen
         plan.position = position
-        if reduced:
-            plan.reduction = Reduction(targets)
+        if weighting is not None:
+            plan.reduction, plan.size = Reduction(targets, weighting), size
         if any(window is not None for window in windows):
-            everything = int(position.max()) + 1
-            plan.window = torch.tensor([everything if w is None else w for w in windows], device=x.device)
+            # A row without vision tokens now goes on with the span it had, if it had one.
+            earlier = self.layers[layer].window if self.layers else None
+            before = [EVERYTHING] * len(windows) if earlier is None else earlier.tolist()
+            now = [was if w is None else w for w, was in zip(windows, before, strict=True)]
+            plan.window = torch.tensor(now, device=x.device)
             plan.sinks = sinks
         if not self.layers:
             raise UnsupportedError("stages at `kv` sites need a KV cache; call with use_cache=True")
@@ -217,12 +264,7 @@ class Forward:
         """(B,) long: tokens of earlier turns in each row."""
         if not self.layers or not self.layers[layer].held:
             return torch.zeros(rows, dtype=torch.long, device=device)
-        held = self.layers[layer]
-        if held.position is not None:
-            return held.position[:, -1] + 1
-        if held.valid is not None:
-            return held.valid.sum(1)
-        return torch.full((rows,), held.held, dtype=torch.long, device=device)
+        return self.layers[layer].places(rows, device)[1]
 
     # Attention ----------------------------------------------------------------------------------------------------------
 
@@ -265,10 +307,12 @@ class Forward:
         rows, _, count, _ = query.shape
         if self.sequences:
             position = torch.full((rows, count), -1, dtype=torch.long, device=query.device)
-            newest = held.position[:, -1] if held.position is not None else None
+            assert held.end is not None
             for s in self.sequences:
-                start = 0 if newest is None else int(newest[s.row]) - int(s.alive[-1])
-                position[s.row, count - len(s) :] = s.alive + start
+                start = held.end[s.row] - self.draft - s.total
+                position[s.row, self._here(len(s), count)] = s.alive + start
+            draft = torch.arange(-self.draft, 0, device=query.device)
+            position[:, count - self.draft :] = held.end[:, None] + draft
             return position
         assert held.position is not None
         return held.position[:, -count:]
@@ -287,16 +331,21 @@ class Forward:
         assert self.attention is not None
         layer, query, key, scale = self.attention
         n = len(sequence.attended)
-        q = query[sequence.row, :, query.shape[2] - n :]
+        q = query[sequence.row, :, self._here(n, query.shape[2])]
         k = key[sequence.row]
         held = self.layers[layer] if self.layers else None
         if held is not None and held.valid is not None:
             k = k[:, held.valid[sequence.row]]
         elif held is None:
-            k = k[:, k.shape[1] - n :]
+            k = k[:, self._here(n, k.shape[1]).start :]
+        k = k[:, : k.shape[1] - self.draft]
         rows = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
         scores = importance(q, k, scale, rows, heads)[k.shape[1] - n :]
-        sequence.conductor.account.selector_flops += importance_flops(q.shape[0], q.shape[-1], n, k.shape[1], rows)
+        all_heads = total_heads(q.shape[0], self.config, self.group)
+        if all_heads != q.shape[0]:
+            scores = over_ranks(scores, heads, q.shape[0] / all_heads, self.group)
+        # Like the attention itself, accounted without the keys of earlier turns.
+        sequence.conductor.account.selector_flops += importance_flops(all_heads, q.shape[-1], n, n, rows)
         if len(sequence) != n:
             scores = scores[torch.searchsorted(sequence.attended, sequence.alive)]
         return scores
@@ -323,7 +372,10 @@ class Forward:
                     tokens=held,
                     ffn_tokens=torch.tensor([account.ffn[layer] for account in accounts]),
                     flops=sum(
-                        cost.layer_flops(a.shape, a.attn[layer], a.ffn[layer], pairs=a.pairs[layer]) for a in accounts
+                        cost.layer_flops(
+                            a.shape, a.attn[layer], a.ffn[layer], pairs=self.pairs.get((layer, s.row), a.pairs[layer])
+                        )
+                        for a, s in zip(accounts, self.sequences, strict=True)
                     ),
                     kv_bytes=cost.kv_bytes(accounts[0].shape, [int(held.sum())], cache_bytes),
                 )
@@ -333,7 +385,7 @@ class Forward:
             budget=budget,
             tokens=torch.tensor([s.total for s in self.sequences]),
             kept=[s.columns[s.alive] for s in self.sequences],
-            source=torch.stack([s.source(self.width) for s in self.sequences]),
+            source=torch.stack([s.source(self.width - self.draft) for s in self.sequences]),
             layers=layers,
             stages=self.stages,
             dense_flops=dense,
@@ -346,6 +398,13 @@ class Forward:
                 if not run.acted and run.note
             ],
         )
+
+
+def _pairs_in_blocks(kept: Tensor) -> int:
+    """(query, key) pairs of `attend_by_position` where every query is alive and the `kept` (n,) of the keys are held."""
+    seen = kept.cumsum(0).tolist()
+    ends = [*range(SPAN_BLOCK, len(seen), SPAN_BLOCK), len(seen)]
+    return sum((end - start) * seen[end - 1] for start, end in itertools.pairwise([0, *ends]))
 
 
 def _reads(run: StageRun) -> list[Site]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
+
+from tokenreduce.engine import tap
+from tokenreduce.errors import UnsupportedError
 
 
 class Hook:
-    """Calls `owner.method(module, ...)` as long as the owner lives and `module` is the module it was put on.
+    """Calls `owner.method(*extra, module, ...)` as long as the owner lives and `module` is the module it was put on.
 
     A deep copy of a model carries its hooks along; there they find another module and do nothing. A pickle carries inert
-    ones.
+    ones, and makes the tap known where it is loaded, because the model's configuration names it.
     """
 
     def __init__(self, owner: Any, method: str, module: nn.Module, *extra: Any) -> None:
@@ -20,6 +24,9 @@ class Hook:
         self.module = weakref.ref(module)
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # Ends the tracing of torch.compile here, so that the hook really runs and the call is refused by name.
+            raise UnsupportedError("a compiled model is not supported while a pipeline is attached")
         owner = self.owner()
         if owner is None or self.module() is not module:
             return None
@@ -28,16 +35,26 @@ class Hook:
     def __deepcopy__(self, memo: Any) -> Hook:
         return self
 
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return _inert, ()
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        host = getattr(self.owner(), "host", None)
+        return inert, (getattr(host, "implementation", ""),)
 
 
-class _Inert:
+class Inert:
     """What a hook becomes in a pickle."""
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
 
     def __call__(self, *args: Any) -> None:
         return None
 
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return inert, (self.implementation,)
 
-def _inert() -> _Inert:
-    return _Inert()
+
+def inert(implementation: str) -> Inert:
+    """A hook that does nothing, on a model whose attention is the tap around `implementation`."""
+    if implementation:
+        tap.tapped(implementation)
+    return Inert(implementation)

@@ -11,7 +11,8 @@ from typing import Any
 
 from tokenreduce.budget import Account, kv_pairs, released_removal
 from tokenreduce.errors import BudgetError, PipelineError
-from tokenreduce.strategy import Action, CountView, Site, Strategy
+from tokenreduce.ops.attention import importance_flops
+from tokenreduce.strategy import Action, CountView, Queries, Site, Strategy
 
 
 @dataclass
@@ -69,7 +70,24 @@ class Conductor:
         if not later:
             return True
         account = self.account
-        return account.budget is not None and not account.affordable(tokens, [(later[0], account.fixed + 1)])
+        if account.budget is None:
+            return False
+        return not account.affordable(tokens, [(later[0], account.fixed + 1)], self._reading(run, later[0], tokens))
+
+    def _reading(self, run: StageRun, site: Site, tokens: int) -> int:
+        """FLOPs that the stage will spend on importance at `site`, if it is asked with so many tokens."""
+        account, spent = self.account, 0
+        if not (account.reads and run.strategy.capabilities.attention):
+            return 0
+
+        def reading(queries: Queries) -> None:
+            nonlocal spent
+            spent += reading_flops(account, tokens, queries)
+
+        reducible = tokens - account.fixed
+        view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), _one, reading=reading)
+        run.strategy.forecast(view)
+        return spent
 
     def record(
         self, run: StageRun, site: Site, finished: bool, budget_met: bool, consumed: bool, note: str = ""
@@ -94,10 +112,11 @@ class Conductor:
                 f"{run.strategy.name} solves its count from a budget: give `budget`, or the stage's `keep`"
             )
         if site.kind == "kv":
-            layers = [at.layer for at in run.sites]
-            held = account.kv_allowance(site.layer, layers, tokens, not run.strategy.capabilities.merges)
-            if held < 1:
-                raise account.refusal(account.project(tokens, [(site, 1)]))
+            span = not run.strategy.capabilities.merges
+            held = account.kv_allowance(site.layer, [at.layer for at in run.sites], tokens, span)
+            least = 1 if span else account.fixed + 1
+            if held < least:
+                raise self.refusal(run, site, tokens, least)
             return held
         if account.budget.arithmetic == "released":
             return self._released(reducible, action)
@@ -105,8 +124,20 @@ class Conductor:
         later = run.after(site) if run.strategy.needs_budget() and not run.strategy.once else []
         keep = account.allowance(site, reducible, later)
         if keep < 1:
-            raise account.refusal(account.project(tokens, [(site, account.fixed + 1)]))
+            raise self.refusal(run, site, tokens, 1)
         return keep
+
+    def refusal(self, run: StageRun, site: Site, tokens: int, least: int, reason: str = "") -> BudgetError:
+        """The error where `run` cannot leave less than `least` tokens at `site` (reducible ones; at `kv` sites, in all)."""
+        account = self.account
+        if account.budget is None:
+            return BudgetError(reason)
+        if site.kind == "kv":
+            span = not run.strategy.capabilities.merges
+            cost = account.project_kv(site.layer, [at.layer for at in run.sites], tokens, least, span)
+        else:
+            cost = account.project(tokens, [(site, account.fixed + least)])
+        return account.refusal(cost, reason)
 
     def _released(self, reducible: int, action: Action) -> int:
         """The released code's arithmetic: shares of vision tokens; pruning rounds to nearest, a capped merge rounds up."""
@@ -157,6 +188,7 @@ def forecast(
                     solve,
                     0.0 if least else similar,
                     frames,
+                    partial(_read, account),
                 )
                 outcome = run.strategy.forecast(view)
                 if kind == "kv":
@@ -172,12 +204,43 @@ def _one(action: Action) -> int:
     return 1
 
 
+def _read(account: Account, queries: Queries) -> None:
+    account.selector_flops += reading_flops(account, account.attn[-1], queries)
+
+
+def reading_flops(account: Account, tokens: int, queries: Queries) -> int:
+    """FLOPs of the importance of `tokens` tokens to the last `queries` of them."""
+    rows = tokens if queries == "all" else 1 if queries == "last" else min(int(queries), tokens)
+    return importance_flops(account.shape.heads, account.shape.head_dim, tokens, tokens, rows)
+
+
 def attend(account: Account, tokens: int, held: int | None, span: bool) -> None:
     """Enter the attention of one layer: `tokens` queries, `held` of them in the cache (None: all), see `kv_pairs`."""
     everything = held is None or held >= tokens
     account.attn.append(tokens)
     account.kv.append(tokens if held is None else min(held, tokens))
     account.pairs.append(None if everything or held is None else kv_pairs(tokens, held, span))
+
+
+def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
+    """Refuse stages that would get in each other's way at the KV cache of a layer: PipelineError."""
+    holders: dict[int, str] = {}
+    for strategy in strategies:
+        for site in strategy.schedule(depth):
+            if site.kind == "kv" and site.layer in holders:
+                raise PipelineError(
+                    f"{holders[site.layer]} and {strategy.name} both act at {site}; keep them apart by `at`, `from` or `until`"
+                )
+            if site.kind == "kv":
+                holders[site.layer] = strategy.name
+    for strategy in strategies:
+        for site in strategy.schedule(depth) if strategy.capabilities.attention else []:
+            layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
+            if site.kind != "kv" and layer in holders:
+                raise PipelineError(
+                    f"{strategy.name} at {site} would read attention of layer {layer}, where {holders[layer]} acts on keys and "
+                    "values, so that it is not attention to tokens; keep them apart by `at`, `from` or `until`"
+                )
 
 
 def check(strategies: Sequence[Strategy], account: Account) -> None:

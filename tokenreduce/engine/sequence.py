@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.engine.schedule import Conductor, StageRun
-from tokenreduce.errors import PluginError
+from tokenreduce.errors import LayoutError, PluginError
 from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import Heads, Queries, Site, StageContext
 from tokenreduce.trace import StageTrace
@@ -72,15 +72,20 @@ class Sequence:
             allowance_source=None
             if conductor.account.budget is None
             else partial(conductor.allowance, run, site, self.reducible_count, len(self)),
+            refusal_source=partial(conductor.refusal, run, site, len(self)),
         )
 
     def check(self, name: str, site: Site, reduction: Reduction) -> None:
-        """Hold a strategy to its contract: PluginError where it touches text or merges across media."""
-        if reduction.target.shape != (1, len(self)):
+        """Hold a strategy to its contract: PluginError where it misses tokens, touches text or merges across media."""
+        shape = tuple(reduction.target.shape)
+        if shape != (1, len(self)):
             raise PluginError(
-                f"strategy {name} at {site} returned a reduction of {tuple(reduction.target.shape)} tokens, expected (1, {len(self)})"
+                f"strategy {name} at {site} returned a reduction of {shape} tokens, expected (1, {len(self)})"
             )
-        reduction.validate()
+        try:
+            reduction.validate()
+        except LayoutError as error:
+            raise PluginError(f"strategy {name} at {site}: {error}") from None
         target, kept = reduction.target[0], reduction.kept[0]
         reducible, medium = self.reducible[self.alive], self.medium[self.alive]
         if not bool((kept | reducible).all()):

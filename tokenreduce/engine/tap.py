@@ -97,8 +97,9 @@ def attend_by_position(
     for row in range(rows):
         window = None if layer.window is None else int(layer.window[row])
         first_query = int((position[row] < 0).sum())
-        first_key = 0 if valid is None else int((~valid[row]).sum())
-        seen = places[row, first_key:].contiguous()
+        keys, values, seen = key[row : row + 1], value[row : row + 1], places[row]
+        if valid is not None:
+            keys, values, seen = keys[:, :, valid[row]], values[:, :, valid[row]], seen[valid[row]]
         for start in range(first_query, count, block):
             stop = min(start + block, count)
             at = position[row, start:stop]
@@ -106,12 +107,10 @@ def attend_by_position(
             end = int(torch.searchsorted(seen, high, right=True))
             begin = 0 if window is None else int(torch.searchsorted(seen, low - window + 1))
             sinks = min(begin, int(torch.searchsorted(seen, layer.sinks))) if window is not None else 0
-            near = slice(first_key + begin, first_key + end)
-            k, v, where = key[row : row + 1, :, near], value[row : row + 1, :, near], seen[begin:end]
+            k, v, where = keys[:, :, begin:end], values[:, :, begin:end], seen[begin:end]
             if sinks:
-                far = slice(first_key, first_key + sinks)
-                k = torch.cat([key[row : row + 1, :, far], k], 2)
-                v = torch.cat([value[row : row + 1, :, far], v], 2)
+                k = torch.cat([keys[:, :, :sinks], k], 2)
+                v = torch.cat([values[:, :, :sinks], v], 2)
                 where = torch.cat([seen[:sinks], where])
             allowed = where[None] <= at[:, None]
             if window is not None:

@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tokenreduce.errors import CheckpointError, MediaError, UnsupportedError
-from tokenreduce.models.loading import family_of, one_line
+from tokenreduce.models.loading import family_of, one_line, read_json
 from tokenreduce.video import FPS, MAX_FRAMES, VideoClip, VideoInfo, probe, read_frames, sample_indices
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -132,9 +139,19 @@ def read_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
     if not has_tokenizer(folder):  # transformers would make an empty tokenizer without a word
         raise CheckpointError(f"{folder}: no tokenizer in it ({', '.join(TOKENIZER_FILES)}); {remedy}")
     try:
+        if _is_generic(folder):
+            # Given a model type, AutoTokenizer would put that family's pre-tokenizer in place of the folder's own.
+            return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({one_line(error)}); {remedy}") from None
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether the folder's tokenizer.json is complete in itself, of no model family."""
+    file = folder / "tokenizer_config.json"
+    kind = read_json(file).get("tokenizer_class") if file.is_file() else None
+    return kind in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file()
 
 
 def _folder(model: PreTrainedModel) -> Path:

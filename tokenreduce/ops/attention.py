@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 22
-"""Scores held at once: 16 MiB of float32."""
+BLOCK_ELEMENTS = 1 << 21
+"""Scores held at once: 8 MiB of float32, which stay in the cache."""
 
 
 def importance(q: Tensor, k: Tensor, scale: float, queries: int, heads: str = "mean") -> Tensor:

@@ -12,9 +12,9 @@ def top_mask(scores: Tensor, k: int, candidates: Tensor) -> Tensor:
     Args:
         scores: (n,) float. k: how many, at most the number of candidates. candidates: (n,) bool.
     """
-    ranked = torch.where(candidates, torch.nan_to_num(scores, nan=-torch.inf, posinf=None, neginf=None), -torch.inf)
     # Two stable sorts: by score, then candidates first, so that a candidate of score −inf still beats a non-candidate.
-    order = ranked.argsort(descending=True, stable=True)
+    # NaN sorts as the largest number, hence last among the negated scores.
+    order = scores.neg().argsort(stable=True)
     order = order[candidates[order].to(torch.uint8).argsort(descending=True, stable=True)]
     mask = torch.zeros_like(candidates)
     mask[order[:k]] = True

@@ -10,7 +10,17 @@ from typing import Literal
 from pydantic import Field
 
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import Capabilities, Heads, Queries, Share, StageConfig, StageContext, Strategy
+from tokenreduce.strategy import (
+    Capabilities,
+    CountView,
+    Heads,
+    Outcome,
+    Queries,
+    Share,
+    StageConfig,
+    StageContext,
+    Strategy,
+)
 
 Importance = Literal["cumulative", "last", "window"]
 
@@ -56,3 +66,8 @@ class ImportancePrune(Strategy):
         """See the class."""
         scores = ctx.attention(self.config.queries, self.config.heads)
         return ctx.keep_top(scores, self.keep_count(ctx))
+
+    def forecast(self, view: CountView) -> Outcome:
+        """The allowance, after the reading of attention has been paid for."""
+        view.attention(self.config.queries)
+        return super().forecast(view)

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from tokenreduce.errors import BudgetError
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot
 from tokenreduce.ops.topk import top_mask
 from tokenreduce.reduction import Weighting
@@ -106,27 +105,32 @@ class SimilarityMerge(Strategy):
 
     def _merge_most_similar(self, ctx: StageContext, previous: torch.Tensor, similarity: torch.Tensor) -> Decision:
         fixed = ctx.n - ctx.reducible_count
-        keep = self.keep_count(ctx, "merge")
-        if ctx.site.kind == "kv" and self.config.keep is None:
-            keep = min(max(keep - fixed, 0), ctx.reducible_count)
+        keep = self._vision_left(ctx)
         candidates = similarity > -torch.inf
         merges, possible = ctx.reducible_count - keep, int(candidates.sum())
         if merges > possible:
-            raise BudgetError(
+            least = ctx.reducible_count - possible
+            raise ctx.refusal(
+                least + fixed if ctx.site.kind == "kv" else least,
                 f"similarity_merge at {ctx.site} would have to merge {merges} of {ctx.reducible_count} vision tokens, but only "
-                f"{possible} have a counterpart in an earlier frame; raise the budget or prune instead"
+                f"{possible} have a counterpart in an earlier frame",
             )
         target = merge_runs(previous, top_mask(similarity, merges, candidates))
         return Decision(ctx.merge(target, self.config.weighting), note=f"{merges} merged")
+
+    def _vision_left(self, ctx: StageContext | CountView) -> int:
+        """Vision tokens that are to stay. At `kv` sites the allowance counts text too."""
+        if ctx.site.kind != "kv" or self.config.keep is not None:
+            return self.keep_count(ctx, "merge")
+        fixed = ctx.n - ctx.reducible_count
+        return min(max(ctx.allowance("merge") - fixed, 1), ctx.reducible_count)
 
     def forecast(self, view: CountView) -> Outcome:
         """As `decide`, taking `view.similar` of the tokens for similar at the first look and none at later ones."""
         config = self.config
         if config.threshold is None:
-            kept = self.keep_count(view, "merge")
-            return Outcome(
-                kept if view.site.kind != "kv" or config.keep is None else view.n - view.reducible_count + kept
-            )
+            kept = self._vision_left(view)
+            return Outcome(kept if view.site.kind != "kv" else view.n - view.reducible_count + kept)
         count = 0 if view.state.setdefault("looked", False) else int(view.similar * view.reducible_count)
         view.state["looked"] = True
         if view.allowance_source is not None and view.reducible_count - count <= view.allowance("bound"):

@@ -9,7 +9,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from tokenreduce.errors import BudgetError
 from tokenreduce.strategy import Capabilities, CountView, Decision, Outcome, Span, StageConfig, StageContext, Strategy
 
 
@@ -39,7 +38,10 @@ class StreamingWindow(Strategy):
 
     def decide(self, ctx: StageContext) -> Decision:
         """See the class."""
-        return Decision(span=Span(self.config.sinks, self._window(ctx)))
+        window = self._window(ctx)
+        if self.config.window is None and self.config.sinks + window >= ctx.n:
+            return Decision()  # The budget has room for everything: decoding goes on as without the stage.
+        return Decision(span=Span(self.config.sinks, window))
 
     def _window(self, ctx: StageContext) -> int:
         if self.config.window is not None:
@@ -47,11 +49,11 @@ class StreamingWindow(Strategy):
         # One span for all layers, as published, although later layers could use what rounding down leaves over.
         if "held" not in ctx.state:
             ctx.state["held"] = ctx.allowance()
-        held = ctx.state["held"]
+        held: int = ctx.state["held"]
         if held <= self.config.sinks:
-            raise BudgetError(
-                f"streaming_window: the budget leaves {held} tokens per layer, no more than its {self.config.sinks} sinks; "
-                f"raise the budget above {self.config.sinks}/{ctx.n} or lower `sinks`"
+            raise ctx.refusal(
+                self.config.sinks + 1,
+                f"streaming_window may hold {held} tokens per layer, no more than its {self.config.sinks} sinks",
             )
         return held - self.config.sinks
 

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from tokenreduce.errors import BudgetError
 from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import Capabilities, CountView, Layer, Outcome, Share, StageConfig, StageContext, Strategy
 
@@ -44,15 +43,14 @@ class UniformFrames(Strategy):
             places = _spread(kept, len(frames))
             if int(sizes[places].sum()) <= count:
                 return Reduction.keep((torch.isin(key, frames[places]) | ~ctx.reducible)[None])
-        raise BudgetError(
-            f"uniform_frames: the budget leaves {count} vision tokens, less than one frame of {int(sizes.min())}; "
-            f"raise the budget above {int(sizes.min())}/{ctx.n} or use another strategy"
+        raise ctx.refusal(
+            int(sizes[0]), f"uniform_frames may keep {count} vision tokens, and its first frame has {int(sizes[0])}"
         )
 
     def forecast(self, view: CountView) -> Outcome:
-        """Whole frames, taking all to be of one size."""
-        size = view.reducible_count // view.frames
-        return Outcome(self.keep_count(view) // max(size, 1) * size)
+        """Whole frames, taking all to be of one size; at least one, where the number of frames is known."""
+        size = max(view.reducible_count // view.frames, 1)
+        return Outcome(max(self.keep_count(view) // size, 1 if view.frames > 1 else 0) * size)
 
 
 def _spread(kept: int, total: int) -> list[int]:

@@ -1,0 +1,146 @@
+"""What the engine refuses by name: models, modes, masks and calls in which it could not be exact."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenreduce.budget import Budget
+from tokenreduce.engine.call import Call
+from tokenreduce.engine.sequence import Sequence
+from tokenreduce.errors import PipelineError, UnsupportedError
+
+
+def refuse_model(family: str, config: Any, modules: Iterable[nn.Module]) -> None:
+    """Refuse decoders with layers other than attention, and compiled ones. modules: the model, the decoder, its layers."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds == {"sliding_attention"} and getattr(config, "sliding_window", None):
+        kinds = set()  # Like full attention up to the window's length, which every call is held to.
+    if kinds:
+        raise UnsupportedError(
+            f"{family}: its decoder has {', '.join(sorted(kinds))} layers, whose state does not follow reduced tokens; not "
+            "supported"
+        )
+    refuse_compiled(family, modules)
+
+
+def refuse_compiled(family: str, modules: Iterable[nn.Module]) -> None:
+    """Refuse torch.compile: its graphs keep the lengths and hooks that they were traced with."""
+    made = any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+    if made or _in_compiled_call():
+        raise UnsupportedError(
+            f"{family}: a compiled model is not supported; attach to and call one without torch.compile"
+        )
+
+
+def refuse_call(family: str, config: Any, call: Call) -> None:
+    """Refuse masks and lengths of a forward, with vision tokens in it or on a reduced cache."""
+    mask = call.mask
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        what = (
+            f"a {mask.dim()}-D attention mask"
+            if isinstance(mask, Tensor)
+            else f"a prepared {type(mask).__name__} of masks"
+        )
+        raise UnsupportedError(
+            f"{family}: {what} is not supported; pass the 2-D mask of padding (batch, tokens), or none"
+        )
+    window, length = getattr(config, "sliding_window", None), call.past + call.width
+    if window and getattr(config, "use_sliding_window", True) and length > window:
+        raise UnsupportedError(
+            f"{family}: {length} tokens are beyond its sliding window of {window}, which is not supported"
+        )
+    valid = call.valid
+    if valid is None:
+        return
+    if not bool(valid[:, -1].all()):
+        raise UnsupportedError(f"{family}: right-padded batches are not supported; pad on the left")
+    if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+        raise UnsupportedError(
+            f"{family}: an attention mask with holes is not supported; it may hide padding on the left only"
+        )
+
+
+def refuse_mode(family: str, text: Any, config: Any, call: Call, modules: list[nn.Module]) -> None:
+    """Refuse what a prefill with vision tokens cannot be: recomputed, random, compiled, in chunks, or asked for its attention."""
+    if text.training:
+        if any(bool(getattr(module, "gradient_checkpointing", False)) for module in modules):
+            raise UnsupportedError(
+                f"{family}: gradient checkpointing is not supported while a pipeline is attached; call "
+                "model.gradient_checkpointing_disable()"
+            )
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in text.modules())
+        if dropout or bool(getattr(config, "attention_dropout", False)):
+            raise UnsupportedError(
+                f"{family}: dropout in training mode is not supported while a pipeline is attached; call model.eval(), or set "
+                "its dropout to 0"
+            )
+    if call.output_attentions or getattr(config, "output_attentions", False):
+        raise UnsupportedError(
+            f"{family}: output_attentions is not supported while a pipeline is attached: layers attend to different tokens"
+        )
+    refuse_compiled(family, modules)
+    if _in_chunked_prefill():
+        raise UnsupportedError(
+            f"{family}: chunked prefill (prefill_chunk_size) is not supported while a pipeline is attached: a stage must see the "
+            "whole prompt"
+        )
+
+
+def check_ran(family: str, layers: int, sequences: Iterable[Sequence]) -> None:
+    """Refuse a decoder that left some of its layers out (early exit, layer dropping), unless a stage waited for them.
+
+    Then NotFiredError is due, which names the stage.
+    """
+    for sequence in sequences:
+        ran = len(sequence.conductor.account.ffn)
+        if ran < layers and not sequence.conductor.unfinished():
+            raise UnsupportedError(f"{family}: only {ran} of its {layers} layers ran, which is not supported")
+
+
+def check_spent(pipeline: str, budget: Budget | None, sequences: Iterable[Sequence]) -> None:
+    """Refuse what a prefill spent above its budget: no strategy, a plugin's least of all, may keep more than it was given."""
+    for sequence in sequences:
+        account = sequence.conductor.account
+        if budget is None or budget.arithmetic == "released" or not sequence.original_reducible:
+            continue
+        spent = account.cost(account.attn, account.ffn, account.kv, account.pairs)
+        if spent > account.limit:
+            raise PipelineError(
+                f"pipeline {pipeline} held {float(account.share(spent)):.4f} of row {sequence.row}, above its budget {budget}: "
+                "a stage kept more than its allowance"
+            )
+
+
+def _stack() -> Iterator[FrameType]:
+    """The frames that called this forward, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _in_compiled_call() -> bool:
+    """Whether a module that torch.compile made of this model, after a pipeline was attached, is being called."""
+    return any(
+        frame.f_code.co_name in ("__call__", "compile_wrapper")
+        and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+        for frame in _stack()
+    )
+
+
+def _in_chunked_prefill() -> bool:
+    """Whether transformers' generate() is feeding a prompt in several pieces.
+
+    Nothing in the call of one piece tells that there are others, so its frame on the stack is asked.
+    """
+    for frame in _stack():
+        if frame.f_code.co_name == "_prefill" and frame.f_globals.get("__name__", "").startswith("transformers."):
+            local = frame.f_locals
+            chunked = getattr(local.get("generation_config"), "prefill_chunk_size", None) is not None
+            return chunked and len(local.get("input_chunks") or (None, None)) > 1
+    return False

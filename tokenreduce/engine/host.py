@@ -1,0 +1,114 @@
+"""The model that a pipeline is put on: its facts, the hooks around its decoder, its configuration."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from tokenreduce import cost
+from tokenreduce.adapter import FfnPair, ModelAdapter
+from tokenreduce.engine import tap
+from tokenreduce.engine.checks import refuse_model
+from tokenreduce.engine.hooks import Hook
+from tokenreduce.engine.parallel import head_group
+from tokenreduce.engine.probe import probe
+from tokenreduce.errors import UnsupportedError
+
+
+class Host:
+    """A model and its decoder. Holds both weakly, so that a run does not keep its model alive.
+
+    decoder: weak reference to the decoder. family: for messages. config, layers: of the decoder. shape: for costs. modules: id
+    of each attention module, and its layer. group: see `head_group`. implementation: of the attention, below the tap.
+    has_head: whether logits are made.
+    """
+
+    def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
+        text: Any = adapter.text_model(model)
+        self._model, self.decoder, self.adapter = weakref.ref(model), weakref.ref(text), adapter
+        self.family = f"{type(model).__name__} ({adapter.name})"
+        self.config: Any = text.config
+        self.layers: list[nn.Module] = list(text.layers)[: self.config.num_hidden_layers]
+        refuse_model(self.family, self.config, self.compilable())
+        self.shape = cost.DecoderShape.from_config(self.config)
+        self.cache_bytes = next(text.parameters()).element_size()
+        self.modules = {
+            id(module): number
+            for number, layer in enumerate(self.layers)
+            for module in layer.modules()
+            if getattr(module, "layer_idx", None) is not None and hasattr(module, "config")
+        }
+        self.group = head_group(self.layers[0])
+        # A copy of an attached model is dense, but its configuration still names the tap.
+        self.implementation = str(self.config._attn_implementation).removeprefix(tap.PREFIX)
+        head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        self._head = weakref.ref(head) if isinstance(head, nn.Module) else None
+        self.has_head = self._head is not None
+        self._handles: list[Any] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole model."""
+        model = self._model()
+        assert model is not None, "a hook ran, so its model lives"
+        return model
+
+    @property
+    def text(self) -> nn.Module:
+        """Its decoder."""
+        text: nn.Module | None = self.decoder()
+        assert text is not None, "a hook ran, so its model lives"
+        return text
+
+    @property
+    def tapped(self) -> bool:
+        """Whether the decoder's attention goes through the tap."""
+        return bool(self.config._attn_implementation == tap.PREFIX + self.implementation)
+
+    def compilable(self) -> list[nn.Module]:
+        """The modules that a user may have compiled."""
+        return [self.model, self.text, *self.layers]
+
+    def pairs(self, numbers: list[int]) -> dict[int, FfnPair]:
+        """Where the FFN of each of these layers is. UnsupportedError where a layer has no such point."""
+        pairs = {}
+        for number in numbers:
+            pair = self.adapter.ffn_pair(self.layers[number])
+            if pair is None:
+                raise UnsupportedError(
+                    f"{self.family}: layer {number} has no point between attention and FFN; stages at site "
+                    "pre_ffn cannot run in it"
+                )
+            pairs[number] = pair
+        return pairs
+
+    def take(self, run: Any, pairs: dict[int, FfnPair]) -> None:
+        """Tap the attention, prove `pairs`, and hook the run's methods; all undone again if anything fails."""
+        try:
+            # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
+            self.config._attn_implementation_internal = tap.tapped(self.implementation)
+            probe(self.text, self.family, self.layers, pairs, self.modules)
+            self._hook(run)
+        except BaseException:
+            self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Take the hooks off and restore the configuration."""
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+        self.config._attn_implementation_internal = self.implementation
+
+    def _hook(self, run: Any) -> None:
+        model, text, handles = self.model, self.text, self._handles
+        handles.append(text.register_forward_pre_hook(Hook(run, "begin", text), with_kwargs=True))
+        handles.append(text.register_forward_hook(Hook(run, "end", text), with_kwargs=True, always_call=True))
+        for outer in (model, getattr(model, "model", None)):  # The modules around the decoder that see the prompt.
+            if isinstance(outer, nn.Module) and outer is not text:
+                handles.append(outer.register_forward_pre_hook(Hook(run, "note_prompt", outer), with_kwargs=True))
+        head = None if self._head is None else self._head()
+        if head is not None:
+            handles.append(head.register_forward_hook(Hook(run, "note_head", head)))

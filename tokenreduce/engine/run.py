@@ -1,0 +1,298 @@
+"""A pipeline on a model: its hooks around the decoder, and what happens when a forward begins and ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenreduce import cost
+from tokenreduce.adapter import ModelAdapter, Prompt
+from tokenreduce.budget import Account
+from tokenreduce.engine import call as calls
+from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, running, token_layers
+from tokenreduce.engine.call import Call
+from tokenreduce.engine.checks import check_ran, check_spent, refuse_call, refuse_mode
+from tokenreduce.engine.forward import Forward
+from tokenreduce.engine.host import Host
+from tokenreduce.engine.layers import LayerHooks
+from tokenreduce.engine.schedule import check, check_sites
+from tokenreduce.engine.sequence import Sequence
+from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
+from tokenreduce.layout import TokenLayout
+from tokenreduce.pipeline import Pipeline, build
+from tokenreduce.trace import Trace
+
+PATIENCE = 60.0
+"""Seconds that `detach` waits for a forward that runs in another thread."""
+
+attached: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
+"""The run of each decoder that has one. It lives as long as the decoder, also if the caller of `attach` let go of it."""
+_attaching = threading.Lock()
+
+
+class Run:
+    """A pipeline attached to a model. Made by `attach` or `reduce`; `detach` takes it off.
+
+    trace: the receipt of this thread's last prefill with vision tokens (of any thread's, if this one ran none).
+    layout: the explicit layout, if any; set a new one before a later turn that brings vision tokens of its own.
+    """
+
+    def __init__(
+        self, model: nn.Module, pipeline: Pipeline, adapter: ModelAdapter, layout: TokenLayout | None = None
+    ) -> None:
+        self.pipeline, self.budget, self.adapter = pipeline, pipeline.budget, adapter
+        self.strategies = build(pipeline)
+        self._layout, self._fresh = layout, layout is not None
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._active: dict[int, Forward] = {}
+        self._last: Trace | None = None
+        self.attached = False
+        if self.strategies:
+            self.host = Host(model, adapter)
+            self.shape = self.host.shape
+            with _attaching:
+                self._attach()
+
+    # The user's side --------------------------------------------------------------------------------------------------
+
+    @property
+    def trace(self) -> Trace:
+        """See the class. AttachError if nothing has run yet."""
+        trace = getattr(self._local, "trace", None) or self._last
+        if trace is None:
+            raise AttachError(
+                f"pipeline {self.pipeline.name} has no trace yet: no forward with vision tokens has run"
+                if self.strategies
+                else "an empty pipeline adds no hook to the model, and so it has no trace"
+            )
+        return trace
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """The explicit layout."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: TokenLayout | None) -> None:
+        self._layout, self._fresh = layout, layout is not None
+
+    def detach(self) -> None:
+        """Take every hook off and restore the model's configuration. A second call does nothing.
+
+        Waits for forwards that run in other threads. AttachError if one does not end, and then nothing has changed.
+        """
+        if not self.attached:
+            return
+        self._wait()
+        with self._lock:
+            if getattr(running, "forward", None) in self._active.values():
+                running.forward = None
+            self._active.clear()
+            self._layer_hooks.remove()
+            self.host.give_back()
+            text = self.host.decoder()
+            if text is not None:
+                attached.pop(text, None)
+            self.attached = False
+        self._local.prompt = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _wait(self) -> None:
+        until = time.monotonic() + PATIENCE
+        while any(thread.ident in self._active for thread in threading.enumerate() if thread.ident != _me()):
+            if time.monotonic() > until:
+                raise AttachError(
+                    f"pipeline {self.pipeline.name} cannot be detached: a forward of another thread has not ended in "
+                    f"{PATIENCE:.0f} s"
+                )
+            time.sleep(0.002)
+
+    # Attaching --------------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        host = self.host
+        other = attached.get(host.text)
+        if other is not None:
+            raise AttachError(
+                f"pipeline {other.pipeline.name} is attached to this model already; detach it first (several stages belong in "
+                "one pipeline)"
+            )
+        self._check_pipeline()
+        sites = {site for strategy in self.strategies for site in strategy.schedule(len(host.layers))}
+        self._kv_sites = any(site.kind == "kv" for site in sites)
+        pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
+        self._layer_hooks = LayerHooks(host.layers, pairs, self._current, host.family)
+        host.take(self, pairs)
+        attached[host.text] = self
+        self.attached = True
+
+    def _check_pipeline(self) -> None:
+        """Refuse a pipeline that needs a budget and has none, or whose budget cannot be met by the layout that is known."""
+        check_sites(self.strategies, len(self.host.layers))
+        needy = [strategy.name for strategy in self.strategies if strategy.needs_budget()]
+        if self.budget is None and needy:
+            raise PipelineError(f"{needy[0]} solves its count from a budget: give `budget`, or the stage's `keep`")
+        if self.budget is not None and not needy:
+            check(self.strategies, Account(self.budget, self.shape, 1, 1))
+        if self._layout is not None:
+            for row in self._reducible(self._layout):
+                if bool(row.any()):
+                    check(self.strategies, self._account(len(row), int(row.sum())))
+
+    def _account(self, total: int, reducible: int) -> Account:
+        return Account(self.budget, self.shape, total, reducible, self.host.cache_bytes)
+
+    def _reducible(self, layout: TokenLayout) -> Tensor:
+        return layout.reducible(self.pipeline.newlines, self.pipeline.wrappers)
+
+    # One forward ------------------------------------------------------------------------------------------------------
+
+    def note_prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before a module around the decoder: keep the token ids for `begin`."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            self._local.prompt = Prompt(ids, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs)
+        elif module is self.host.model:
+            self._local.prompt = None  # Left by a call that failed before it came to the decoder.
+        if module is self.host.model:
+            self._local.logits = kwargs.get("logits_to_keep")
+        if kwargs.get("labels") is not None:
+            raise UnsupportedError(
+                "labels are not supported while a pipeline is attached: the logits are those of the kept tokens"
+            )
+
+    def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Before the decoder: refuse what must be refused, and start the state of this forward."""
+        if _me() in self._active:  # The last forward of this thread was broken off by Ctrl-C.
+            self._release()
+        prompt, self._local.prompt = getattr(self._local, "prompt", None), None
+        self._local.await_head = False
+        if not self.host.tapped:
+            raise AttachError(
+                f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
+            )
+        logits, self._local.logits = getattr(self._local, "logits", None), None
+        call, layout = self._find_layout(Call.read(args, kwargs, prompt, logits))
+        if layout is None:
+            self._begin_text(call)
+            return None
+        if call.cache is not None:
+            refuse_cache(call.cache)
+        refuse_call(self.host.family, self.host.config, call)
+        refuse_mode(self.host.family, text, self.host.config, call, self.host.compilable())
+        if self._kv_sites and call.past and call.valid is not None:
+            raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
+        sequences = calls.sequences(call, layout, self._reducible(layout), self.strategies, self._account)
+        cache, use_cache = call.cache, kwargs.get("use_cache")
+        use_cache = self.host.config.use_cache if use_cache is None else use_cache
+        if cache is None and (use_cache or self._kv_sites):
+            from transformers import DynamicCache
+
+            kwargs["past_key_values"] = cache = DynamicCache(config=self.host.config)
+        layers = [] if cache is None else adopt(cache, len(self.host.layers), call.valid_past)
+        self._start(self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs)))
+        return args, kwargs
+
+    def _begin_text(self, call: Call) -> None:
+        """A forward without vision tokens: dense, unless the cache that it goes on with has been reduced."""
+        held = token_layers(call.cache)
+        if any(layer.reduced for layer in held):
+            refuse_call(self.host.family, self.host.config, call)
+            if call.valid is not None and any(layer.position is not None for layer in held):
+                raise UnsupportedError(
+                    f"{self.host.family}: stages at `kv` sites do not support padding in a later turn"
+                )
+            self._start(self._forward(call, [], held, []))
+        if held and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
+            for layer in held:
+                layer.plan = KvPlan(call.width, call.valid)
+
+    def _find_layout(self, call: Call) -> tuple[Call, TokenLayout | None]:
+        """The call, its draft confirmed, and the layout of its vision tokens, if it has any."""
+        if self._layout is not None:
+            call = call if call.width - call.draft == self._layout.shape[1] else call.without_draft()
+            layout = calls.given_layout(call, self._layout, self._fresh)
+        else:
+            layout = calls.found_layout(call, self.adapter, self.host.family, self.host.model)
+            if layout is not None and bool(layout.vision[:, call.width - call.draft :].any()):
+                call = call.without_draft()
+        layout = None if layout is None else layout.to(call.device)
+        return call, layout if layout is not None and bool(layout.vision.any()) else None
+
+    def _forward(
+        self, call: Call, sequences: list[Sequence], layers: list[TokenLayer], deepstack: list[Tensor]
+    ) -> Forward:
+        return Forward(
+            sequences=sequences,
+            layers=layers,
+            modules=self.host.modules,
+            implementation=self.host.implementation,
+            config=self.host.config,
+            width=call.width,
+            valid=call.valid if sequences else None,
+            deepstack=deepstack,
+            draft=call.draft if sequences else 0,
+            group=self.host.group,
+        )
+
+    def _start(self, forward: Forward) -> None:
+        with self._lock:
+            # In one step, so that a thread that ends here cannot take the hooks off in between.
+            self._active[_me()] = forward
+            if forward.sequences:
+                self._layer_hooks.install()
+        running.forward = forward
+
+    def _release(self) -> None:
+        running.forward = None
+        with self._lock:
+            self._active.pop(_me(), None)
+            if not any(forward.sequences for forward in self._active.values()):
+                self._layer_hooks.remove()
+
+    def _current(self) -> Forward | None:
+        forward = self._active.get(_me())
+        return forward if forward is not None and forward.sequences else None
+
+    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """After the decoder, also when it raised: drop the state, and write the trace."""
+        forward = self._active.get(_me())
+        if forward is None:
+            return
+        self._release()
+        if output is None or not forward.sequences:  # None: the forward raised, and the hook is called all the same
+            return
+        self._fresh = False
+        total = [s.total for s in forward.sequences]
+        layers = self.shape.layers
+        check_ran(self.host.family, layers, forward.sequences)
+        trace = forward.finish(
+            self.pipeline.name,
+            str(self.budget) if self.budget else "none",
+            self.host.cache_bytes,
+            sum(cost.prefill_flops(self.shape, [n] * layers, [n] * layers, 0) for n in total),
+            cost.head_flops(self.shape, 1) if self.host.has_head else 0,
+        )
+        check_spent(self.pipeline.name, self.budget, forward.sequences)
+        self._local.trace = self._last = trace
+        self._local.await_head = True
+
+    def note_head(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the head: how many positions had logits made."""
+        if getattr(self._local, "await_head", False):
+            self._local.await_head = False
+            self._local.trace.head_tokens = int(output.shape[1])
+
+
+def _me() -> int:
+    return threading.get_ident()
