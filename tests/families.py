@@ -197,9 +197,7 @@ NEWLINES = {
     (24, 24): [36 + 7 * row + 6 for row in range(6)],  # fits one tile: 6 rows of 6
     (48, 24): [36 + 7 * row + 6 for row in range(12)],  # two tiles, one above the other: 12 rows of 6
     (40, 24): [36 + 7 * row + 6 for row in range(10)],  # the same, but the first and last of its 12 rows are padding
-    (20, 48): [
-        36 + 13 * row + 12 for row in range(6)
-    ],  # two tiles side by side: 6 rows of 12, one of padding kept
+    (20, 48): [36 + 13 * row + 12 for row in range(6)],  # two tiles side by side: 6 rows of 12, one of padding kept
 }
 """Newline slots of a tiled image, after 36 overview tokens, by image size."""
 
