@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint train-testbed clean
+.PHONY: demo test test-slow lint reproduce bench train-testbed clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,13 @@ lint: $(VENV)/.ready  ## ruff, mypy, and the layering of the packages
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=adapters $(BIN)/lint-imports
+
+reproduce: $(VENV)/.ready  ## the paper's tables on the embedded model (under an hour; results in docs/reproduction)
+	$(BIN)/python -m tokenreduce.reproduce
+
+bench: $(VENV)/.ready  ## benchmarks (about an hour; results in benchmarks/results and docs/benchmarks.md)
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/report.py
 
 train-testbed: $(VENV)/.ready  ## train the embedded model anew (a few CPU hours, resumable)
 	$(BIN)/python -m tokenreduce.testbed.train

@@ -15,6 +15,7 @@ from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine.schedule import Conductor, check
 from tokenreduce.engine.sequence import Sequence
+from tokenreduce.engine.stack import draft_length
 from tokenreduce.errors import LayoutError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.strategy import Strategy
@@ -40,11 +41,8 @@ class Call:
     draft: int = 0
 
     @classmethod
-    def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any], prompt: Prompt | None, logits: Any = None) -> Call:
-        """The call with these arguments. logits: what the outer model was told of how many logits to keep.
-
-        With a cache, logits of more than the last token are asked for where the tokens before it are a guess.
-        """
+    def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any], prompt: Prompt | None) -> Call:
+        """The call with these arguments."""
         x = kwargs.get("inputs_embeds")
         if x is None:
             x = kwargs.get("input_ids", args[0] if args else None)
@@ -62,12 +60,8 @@ class Call:
             position_ids=kwargs.get("position_ids"),
             prompt=prompt,
             output_attentions=bool(kwargs.get("output_attentions") or outer.get("output_attentions")),
-            draft=logits - 1 if cache is not None and isinstance(logits, int) and 1 < logits <= x.shape[1] else 0,
+            draft=draft_length() if x.shape[1] > 1 else 0,
         )
-
-    def without_draft(self) -> Call:
-        """The call, all of whose tokens are the prompt's."""
-        return replace(self, draft=0)
 
     @cached_property
     def valid(self) -> Tensor | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from types import FrameType
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from tokenreduce.budget import Budget
 from tokenreduce.engine.call import Call
 from tokenreduce.engine.sequence import Sequence
+from tokenreduce.engine.stack import in_chunked_prefill, in_compiled_call
 from tokenreduce.errors import PipelineError, UnsupportedError
 
 
@@ -31,7 +30,7 @@ def refuse_model(family: str, config: Any, modules: Iterable[nn.Module]) -> None
 def refuse_compiled(family: str, modules: Iterable[nn.Module]) -> None:
     """Refuse torch.compile: its graphs keep the lengths and hooks that they were traced with."""
     made = any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
-    if made or _in_compiled_call():
+    if made or in_compiled_call():
         raise UnsupportedError(
             f"{family}: a compiled model is not supported; attach to and call one without torch.compile"
         )
@@ -84,7 +83,7 @@ def refuse_mode(family: str, text: Any, config: Any, call: Call, modules: list[n
             f"{family}: output_attentions is not supported while a pipeline is attached: layers attend to different tokens"
         )
     refuse_compiled(family, modules)
-    if _in_chunked_prefill():
+    if in_chunked_prefill():
         raise UnsupportedError(
             f"{family}: chunked prefill (prefill_chunk_size) is not supported while a pipeline is attached: a stage must see the "
             "whole prompt"
@@ -114,33 +113,3 @@ def check_spent(pipeline: str, budget: Budget | None, sequences: Iterable[Sequen
                 f"pipeline {pipeline} held {float(account.share(spent)):.4f} of row {sequence.row}, above its budget {budget}: "
                 "a stage kept more than its allowance"
             )
-
-
-def _stack() -> Iterator[FrameType]:
-    """The frames that called this forward, innermost first."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _in_compiled_call() -> bool:
-    """Whether a module that torch.compile made of this model, after a pipeline was attached, is being called."""
-    return any(
-        frame.f_code.co_name in ("__call__", "compile_wrapper")
-        and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
-        for frame in _stack()
-    )
-
-
-def _in_chunked_prefill() -> bool:
-    """Whether transformers' generate() is feeding a prompt in several pieces.
-
-    Nothing in the call of one piece tells that there are others, so its frame on the stack is asked.
-    """
-    for frame in _stack():
-        if frame.f_code.co_name == "_prefill" and frame.f_globals.get("__name__", "").startswith("transformers."):
-            local = frame.f_locals
-            chunked = getattr(local.get("generation_config"), "prefill_chunk_size", None) is not None
-            return chunked and len(local.get("input_chunks") or (None, None)) > 1
-    return False

@@ -164,8 +164,6 @@ class Run:
             self._local.prompt = Prompt(ids, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs)
         elif module is self.host.model:
             self._local.prompt = None  # Left by a call that failed before it came to the decoder.
-        if module is self.host.model:
-            self._local.logits = kwargs.get("logits_to_keep")
         if kwargs.get("labels") is not None:
             raise UnsupportedError(
                 "labels are not supported while a pipeline is attached: the logits are those of the kept tokens"
@@ -181,8 +179,8 @@ class Run:
             raise AttachError(
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
             )
-        logits, self._local.logits = getattr(self._local, "logits", None), None
-        call, layout = self._find_layout(Call.read(args, kwargs, prompt, logits))
+        call = Call.read(args, kwargs, prompt)
+        layout = self._find_layout(call)
         if layout is None:
             self._begin_text(call)
             return None
@@ -217,17 +215,14 @@ class Run:
             for layer in held:
                 layer.plan = KvPlan(call.width, call.valid)
 
-    def _find_layout(self, call: Call) -> tuple[Call, TokenLayout | None]:
-        """The call, its draft confirmed, and the layout of its vision tokens, if it has any."""
+    def _find_layout(self, call: Call) -> TokenLayout | None:
+        """The layout of the call's vision tokens; None if it has none."""
         if self._layout is not None:
-            call = call if call.width - call.draft == self._layout.shape[1] else call.without_draft()
             layout = calls.given_layout(call, self._layout, self._fresh)
         else:
             layout = calls.found_layout(call, self.adapter, self.host.family, self.host.model)
-            if layout is not None and bool(layout.vision[:, call.width - call.draft :].any()):
-                call = call.without_draft()
         layout = None if layout is None else layout.to(call.device)
-        return call, layout if layout is not None and bool(layout.vision.any()) else None
+        return layout if layout is not None and bool(layout.vision[:, : call.width - call.draft].any()) else None
 
     def _forward(
         self, call: Call, sequences: list[Sequence], layers: list[TokenLayer], deepstack: list[Tensor]

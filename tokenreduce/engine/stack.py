@@ -1,0 +1,52 @@
+"""What called this forward, read from the stack, where nothing in the call itself tells."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+LOOPS = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
+"""The functions of transformers' generate() that call a model."""
+
+
+def _stack() -> Iterator[FrameType]:
+    """The frames that called this forward, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_loop(frame: FrameType) -> bool:
+    return frame.f_code.co_name in LOOPS and frame.f_globals.get("__name__", "").startswith("transformers.")
+
+
+def in_compiled_call() -> bool:
+    """Whether a module that torch.compile made of this model, after a pipeline was attached, is being called."""
+    return any(
+        frame.f_code.co_name in ("__call__", "compile_wrapper")
+        and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+        for frame in _stack()
+    )
+
+
+def in_chunked_prefill() -> bool:
+    """Whether generate() is feeding a prompt in several pieces."""
+    for frame in _stack():
+        if _is_loop(frame) and frame.f_code.co_name == "_prefill":
+            local = frame.f_locals
+            chunked = getattr(local.get("generation_config"), "prefill_chunk_size", None) is not None
+            return chunked and len(local.get("input_chunks") or (None, None)) > 1
+    return False
+
+
+def draft_length() -> int:
+    """How many of the new tokens, the last ones, assisted decoding only guesses; 0 in any other call.
+
+    An assistant's own forwards run inside the loop of the model it assists: the innermost loop decides.
+    """
+    loop = next((frame for frame in _stack() if _is_loop(frame)), None)
+    if loop is None or loop.f_code.co_name != "_assisted_decoding":
+        return 0
+    return int(loop.f_locals.get("candidate_length", 0))
