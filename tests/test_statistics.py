@@ -1,0 +1,137 @@
+"""Statistics of a comparison against hand values and enumeration of every outcome."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenreduce.compare.statistics import (
+    examples_needed,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    pareto,
+    power,
+    shuffled_agreement,
+    wilson,
+)
+
+Z = 1.959963984540054
+
+
+def test_wilson_by_hand() -> None:
+    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert wilson(10, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))))
+def test_wilsons_ends_are_where_the_score_test_turns(counts: tuple[int, int]) -> None:
+    right, n = counts
+    for end in wilson(right, n):
+        if 0 < end < 1:
+            assert abs(right / n - end) / math.sqrt(end * (1 - end) / n) == pytest.approx(Z, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", range(0, 11))
+def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven(n: int) -> None:
+    tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
+    for first in range(n + 1):
+        uneven = sum(abs(2 * heads - n) >= abs(2 * first - n) for heads in tosses)
+        assert mcnemar(first, n - first) == pytest.approx(uneven / len(tosses))
+
+
+def test_mcnemar_by_hand_and_where_floats_end() -> None:
+    assert mcnemar(1, 9) == 22 / 1024
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(1000, 1000) == 1.0
+    assert 0 < mcnemar(900, 1100) < 1e-4
+    assert mcnemar(0, 5000) == 0.0
+
+
+def test_bootstrap_agrees_with_every_resample() -> None:
+    values = [1, 0, 0, -1, 1]
+    means = np.sort([np.mean(drawn) for drawn in itertools.product(values, repeat=5)])
+    low, high = paired_bootstrap(values, seed=3, samples=200_000)
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=1e-9)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=1e-9)
+    assert paired_bootstrap(values, seed=3) == paired_bootstrap(values, seed=3)
+    assert paired_bootstrap([0, 0, 0], seed=1) == (0.0, 0.0)
+    assert all(math.isnan(end) for end in paired_bootstrap([], seed=1))
+
+
+def test_bootstrap_of_other_than_signs_agrees_with_drawing_examples() -> None:
+    values = np.random.default_rng(0).normal(size=60)
+    drawn = np.random.default_rng(1).choice(values, size=(40_000, 60)).mean(1)
+    assert paired_bootstrap(values, seed=2, samples=40_000) == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]), abs=0.01
+    )
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.sampled_from([0.01, 0.05, 0.2]))
+def test_holm_rejects_what_stepping_down_rejects(p_values: list[float], alpha: float) -> None:
+    rejected = set()
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if (len(p_values) - rank) * p_values[i] > alpha:
+            break
+        rejected.add(i)
+    assert {i for i, p in enumerate(holm(p_values)) if p <= alpha} == rejected
+
+
+@pytest.mark.parametrize(("n", "first", "second"), [(6, 0.5, 0.1), (7, 0.7, 0.0), (7, 0.3, 0.3)])
+def test_power_sums_over_every_outcome(n: int, first: float, second: float) -> None:
+    chance = {1: first, -1: second, 0: 1 - first - second}
+    brute = 0.0
+    for outcome in itertools.product(chance, repeat=n):
+        if mcnemar(outcome.count(1), outcome.count(-1)) <= 0.05:
+            brute += math.prod(chance[each] for each in outcome)
+    assert power(n, first, second) == pytest.approx(brute, abs=1e-9)
+
+
+def test_power_needs_discordant_pairs() -> None:
+    assert power(50, 0.0, 0.0) == 0.0
+    assert power(50, 0.4, 0.0) > 0.999
+
+
+@pytest.mark.parametrize(("discordant", "difference"), [(0.2, 0.1), (0.3, 0.1), (0.15, 0.05)])
+def test_examples_needed_have_about_the_power_asked_for(discordant: float, difference: float) -> None:
+    n = examples_needed(discordant, difference)
+    exact = power(n, (discordant + difference) / 2, (discordant - difference) / 2)
+    assert 0.74 < exact < 0.82  # the exact test is a little more careful than its approximation
+
+
+def test_examples_needed_by_hand() -> None:
+    # (1.95996·√0.2 + 0.84162·√0.19)² / 0.1² = 154.6
+    assert examples_needed(0.2, 0.1) == 155
+    assert examples_needed(0.0, -0.1) == examples_needed(0.1, 0.1)
+    with pytest.raises(ValueError, match="difference of 0"):
+        examples_needed(0.2, 0.0)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("abc")), min_size=1, max_size=6))
+def test_the_mean_of_shuffles_is_over_all_orders(pairs: list[tuple[str, str]]) -> None:
+    said, expected = [a for a, _ in pairs], [b for _, b in pairs]
+    orders = list(itertools.permutations(expected))
+    brute = sum(sum(a == b for a, b in zip(said, order, strict=True)) for order in orders) / len(orders)
+    right, mean = shuffled_agreement(said, expected, seed=1)
+    assert mean == pytest.approx(brute)
+    assert 0 <= right <= len(pairs)
+    assert shuffled_agreement(said, expected, seed=1) == (right, mean)
+
+
+def test_pareto_by_hand() -> None:
+    points = [(1.0, 0.9), (0.3, 0.9), (0.3, 0.8), (0.2, 0.5), (0.5, 0.95), (0.2, 0.5)]
+    assert pareto(points) == [False, True, False, True, True, True]

@@ -1,0 +1,167 @@
+"""`tokenreduce compare`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tokenreduce.compare.settings import Settings
+
+NEEDLES = 200
+"""Examples of the needle task, where no number is given."""
+
+
+def compare(
+    output: Annotated[Path, typer.Option(help="Folder of the comparison: a new one, or one to go on with.")],
+    task: Annotated[
+        str,
+        typer.Option(help="`needle`, a folder of videos with questions.jsonl, or a data set saved by `datasets`."),
+    ] = "needle",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="`dense`, preset or YAML file; several times. Default: dense and framefusion."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Share in (0, 1] that remains; several times: each pipeline with each.")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Checkpoint folder or hub name; several times.")] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Examples, the same ones for every arm. Default: 200 needles, or every question."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the examples, and the bootstrap's draws.")] = 1,
+    baseline: Annotated[str | None, typer.Option(help="Arm to test the others against. Default: dense.")] = None,
+    kind: Annotated[
+        str, typer.Option(help="Needle: one_hop, second_turn, chain, two_hop, spot, count, order, list.")
+    ] = "one_hop",
+    frames: Annotated[
+        list[int] | None, typer.Option(min=1, help="Needle: frames; several times: in turns. Default: 16.")
+    ] = None,
+    positions: Annotated[
+        int | None, typer.Option(min=2, help="Needle: so many places in the video, in turns. Default: anywhere.")
+    ] = None,
+    size: Annotated[
+        int, typer.Option(min=1, help="Needle: its side in cells; a cell is a token of the embedded model.")
+    ] = 1,
+    placement: Annotated[
+        str, typer.Option(help="Needle: edit (drawn over a frame), insert (a frame of its own) or mixed.")
+    ] = "edit",
+    clip: Annotated[
+        list[str] | None, typer.Option(help="Needle: video to hide needles in; several times. Default: held-out clips.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Needle: pixels per side of a frame. Default: 48.")
+    ] = None,
+    grid: Annotated[int | None, typer.Option(min=1, help="Needle: cells per side of a frame. Default: 6.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Questions file (JSONL) of a folder of videos. Default: its questions.jsonl.")
+    ] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video file, at most.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.001, help="Frames per second to sample from video files.")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of an answer, at most. Default: 8 for needles, else 32.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Examples whose kept patches the report shows.")] = 2,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster, or `local` to start one on this machine.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the report of what the folder holds; run nothing.")
+    ] = False,
+) -> None:
+    """Compare arms (pipelines × budgets × models) on a task, with paired statistics and a report.
+
+    Every finished example is on disk at once. The same command again goes on where a killed one stopped; its report is
+    valid for what there is.
+
+    \b
+    Questions file, a JSON object per line: {"video": "a.mp4", "question": "…", "answer": "…", "options": ["…", "…"]};
+    options may be missing, and the answer may then be any words.
+
+    \b
+    Examples:
+      tokenreduce compare --arm dense --arm framefusion --arm fastv --budget 0.3 --output runs/needle
+      tokenreduce compare --kind second_turn --arm framefusion --budget 0.3 --budget 0.5 --output runs/turns
+      tokenreduce compare --task my_videos --model PATH --arm my.yaml --examples 50 --output runs/mine
+    """
+    from tokenreduce.compare.report import MARKDOWN, PAGE, SUMMARY
+
+    if report_only:
+        from tokenreduce.compare.run import report_only as write
+
+        summary = write(output)
+    else:
+        needle = {
+            "kind": kind, "frames": tuple(frames or [16]), "positions": positions, "size": size, "placement": placement,
+            "clips": tuple(clip or ()), "resolution": resolution, "grid": grid,
+        }  # fmt: skip
+        settings = _settings(
+            task, arm, budget, model, examples, seed, baseline, needle, questions, (max_frames, fps), new_tokens
+        )
+        summary = _run(settings, output, pictures, ray)
+    _print(summary)
+    print(f"wrote {output / PAGE}, {output / MARKDOWN}, {output / SUMMARY}")
+
+
+def _settings(
+    task: str,
+    arms: list[str] | None,
+    budgets: list[str] | None,
+    models: list[str] | None,
+    examples: int | None,
+    seed: int,
+    baseline: str | None,
+    needle: dict[str, Any],
+    questions: Path | None,
+    sampling: tuple[int | None, float | None],
+    new_tokens: int | None,
+) -> Settings:
+    from tokenreduce.compare.arms import expand
+    from tokenreduce.compare.measure import Sampling
+    from tokenreduce.compare.settings import Settings, baseline_name
+    from tokenreduce.compare.tasks import open_task
+    from tokenreduce.testbed.embedded import EMBEDDED
+
+    expanded = tuple(expand(arms or ["framefusion"], budgets or [], models or [EMBEDDED]))
+    options = {"questions": None if questions is None else str(questions), **needle}
+    return Settings(
+        task=task,
+        arms=expanded,
+        examples=examples or open_task(task, seed, **options).size or NEEDLES,
+        seed=seed,
+        baseline=baseline_name(expanded, baseline),
+        task_options=options,
+        sampling=Sampling(*sampling),
+        new_tokens=new_tokens,
+    )
+
+
+def _run(settings: Settings, output: Path, pictures: int, ray: str | None) -> dict[str, Any]:
+    from rich.console import Console
+
+    from tokenreduce.compare.run import compare as run
+
+    console = Console(stderr=True)
+    with console.status("loading the model") as status:
+        return run(
+            settings,
+            output,
+            pictures=pictures,
+            ray=ray,
+            tell=lambda done, asked: status.update(f"{done} of {asked} examples"),
+        )
+
+
+def _print(summary: dict[str, Any]) -> None:
+    from tokenreduce.cli._output import print_table
+    from tokenreduce.compare.report import facts, tables
+
+    for fact in facts(summary)[:4]:
+        print(fact)
+    main, costs, _, checks = tables(summary)
+    for table in (main, costs, checks):
+        print(f"\n{table.title}")
+        print_table(table.columns, table.rows)

@@ -1,0 +1,96 @@
+"""The same work on a Ray cluster: workers may die, and what they had in hand is given to others."""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenreduce.errors import TokenReduceError
+
+if TYPE_CHECKING:
+    from tokenreduce.compare.run import Done
+    from tokenreduce.compare.settings import Settings
+    from tokenreduce.compare.store import Unit
+
+LOCAL = "local"
+ATTEMPTS = 3
+"""Workers that may die over one example before the comparison gives up."""
+
+
+def run_on_ray(settings: Settings, units: Sequence[Unit], pictures: int, address: str) -> Iterator[Done]:
+    """Results of `units`, as they come. address: of a cluster, `auto` for the one at hand, `local` to start one.
+
+    One worker per CPU of the cluster (per GPU, where it has some), each with a copy of the model. tokenreduce must be
+    installed on every node. Raises TokenReduceError where Ray is not installed or not reached, or where an example kills
+    its worker ATTEMPTS times; errors of the work itself are raised as they are.
+    """
+    ray = _ray()
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False if address == LOCAL else None)
+        except (ConnectionError, ValueError, OSError) as error:
+            raise TokenReduceError(
+                f"--ray {address}: no cluster there ({' '.join(str(error).split())[:200]})"
+            ) from None
+    try:
+        yield from _dispatch(ray, settings, deque(units), pictures)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _dispatch(ray: Any, settings: Settings, waiting: deque[Unit], pictures: int) -> Iterator[Done]:
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    places = min(gpus or max(1, int(resources.get("CPU", 1))), len(waiting))
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Actor)
+    idle = [remote.remote(settings, pictures) for _ in range(places)]
+    busy: dict[Any, tuple[Any, Unit]] = {}
+    deaths: dict[Unit, int] = {}
+    while waiting or busy:
+        while waiting and idle:
+            worker, unit = idle.pop(), waiting.popleft()
+            busy[worker.run.remote(unit)] = (worker, unit)
+        ready, _ = ray.wait(list(busy))
+        worker, unit = busy.pop(ready[0])
+        try:
+            done = ray.get(ready[0])
+        except ray.exceptions.RayActorError:
+            deaths[unit] = deaths.get(unit, 0) + 1
+            if deaths[unit] == ATTEMPTS:
+                raise TokenReduceError(
+                    f"example {unit[1]} of {unit[0]} ended {ATTEMPTS} workers; is there enough memory?"
+                ) from None
+            waiting.appendleft(unit)
+            idle.append(remote.remote(settings, pictures))
+            continue
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        idle.append(worker)
+        yield done
+
+
+class _Actor:
+    """A worker process."""
+
+    def __init__(self, settings: Settings, pictures: int) -> None:
+        import torch
+
+        from tokenreduce.compare.run import Worker
+
+        torch.set_num_threads(1)
+        self.worker = Worker(settings, settings.open_task(), pictures)
+
+    def run(self, unit: Unit) -> Done:
+        """See `Worker`."""
+        return self.worker.run(unit)
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError:
+        raise TokenReduceError("--ray needs an optional package: pip install 'tokenreduce[ray]'") from None

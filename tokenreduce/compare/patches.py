@@ -1,0 +1,128 @@
+"""What became of each patch of an example, as strips of frames: one for the input and one per arm."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenreduce.adapter import Prompt
+from tokenreduce.compare.measure import Bench, Outcome
+from tokenreduce.compare.tasks import Item
+from tokenreduce.errors import MediaError
+from tokenreduce.layout import NEWLINE, PLAIN, TokenLayout
+from tokenreduce.pictures import patch_positions, patch_states, render_frame
+from tokenreduce.video import FPS, MAX_FRAMES, probe, read_frames, sample_indices
+
+FRAMES, SIDE, GAP = 8, 144, 4
+"""Frames in a strip at most, pixels of the longer side of one, and between two."""
+Pixels = NDArray[np.uint8]
+
+
+def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
+    """Strips of one example as plain data; None where frames and tokens do not form one grid.
+
+    The data: model, index, question, expected, frames (their numbers), strips: a list of {arm, reply, right, kept, merged,
+    dropped, png}, the first being the input; png is base64.
+    """
+    inputs = bench.prepare(item)
+    prompt = Prompt(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"), inputs)
+    layout = bench.adapter.layout(bench.model, prompt)
+    frames = _frames(bench, item)
+    if layout is None or frames is None:
+        return None
+    grid = frame_grid(layout, frames.shape[1] / frames.shape[2])
+    if grid is None:
+        return None
+    slot, frame = layout.slot[0].cpu().numpy(), layout.frame[0].cpu().numpy()
+    positions = patch_positions(slot, frame, grid, None if layout.marker is None else layout.marker[0].cpu().numpy())
+    if len(positions) != len(frames):
+        return None
+    chosen = _chosen(len(frames), item.shown)
+    shown = np.stack([_resized(frames[i], grid) for i in chosen])
+    strips: list[dict[str, Any]] = [{"arm": "input", "png": _strip(shown)}]
+    for arm in bench.arms:
+        outcome = outcomes[arm.name]
+        states = patch_states(outcome.source.numpy(), positions)
+        counts = [int((states == state).sum()) for state in range(3)]
+        reply = bench.speaker.text([token for token in outcome.reply.ids if token not in bench.speaker.ends])
+        strips.append(
+            {
+                "arm": arm.name,
+                "reply": reply,
+                "right": item.read(reply) == item.expected,
+                **dict(zip(("kept", "merged", "dropped"), counts, strict=True)),
+                "png": _strip(np.stack([render_frame(f, states[i]) for f, i in zip(shown, chosen, strict=True)])),
+            }
+        )
+    question = " … ".join(text for text, _ in item.turns)
+    data = {"model": bench.name, "index": index, "id": item.id, "question": question, "expected": item.expected}
+    return {**data, "frames": chosen, "strips": strips}
+
+
+def frame_grid(layout: TokenLayout, aspect: float) -> tuple[int, int] | None:
+    """(rows, columns) of a frame's patches: from its newlines, else a square, else the factors nearest to height / width.
+
+    None where frames differ in the number of their patches.
+    """
+    slot, frame = layout.slot[0].cpu().numpy(), layout.frame[0].cpu().numpy()
+    marker = np.zeros_like(slot) if layout.marker is None else layout.marker[0].cpu().numpy()
+    patch = (slot >= 0) & (marker == PLAIN)
+    counts = np.unique(frame[patch], return_counts=True)[1]
+    if len(counts) == 0 or (counts != counts[0]).any():
+        return None
+    count = int(counts[0])
+    newlines = int(((slot >= 0) & (marker == NEWLINE) & (frame == frame[patch].min())).sum())
+    if newlines and count % newlines == 0:
+        return newlines, count // newlines
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(pairs, key=lambda pair: (pair[0] != pair[1], abs(np.log(pair[0] / pair[1] / aspect))))
+
+
+def _frames(bench: Bench, item: Item) -> Pixels | None:
+    """The frames that the model saw, as far as they can be known."""
+    if not isinstance(item.video, Path):
+        return item.video
+    try:
+        info = probe(item.video)
+        most = bench.sampling.max_frames or MAX_FRAMES
+        indices = sample_indices(info.frames, info.fps, bench.sampling.fps or FPS, most)
+        return np.stack(read_frames(item.video, indices, info=info))
+    except (MediaError, ValueError):
+        return None
+
+
+def _chosen(count: int, wanted: tuple[int, ...]) -> list[int]:
+    """`wanted` frames and others at even distances, FRAMES in all if there are so many, in order of time."""
+    chosen = set(wanted[:FRAMES])
+    for i in np.linspace(0, count - 1, max(count, 1)).round().astype(int)[:: max(1, count // FRAMES)]:
+        if len(chosen) < FRAMES:
+            chosen.add(int(i))
+    return sorted(chosen)
+
+
+def _resized(frame: Pixels, grid: tuple[int, int]) -> Pixels:
+    """The frame about SIDE pixels long, with sides that the grid divides."""
+    height, width = frame.shape[:2]
+    scale = SIDE / max(height, width)
+    rows, columns = grid
+    size = (max(1, round(width * scale / columns)) * columns, max(1, round(height * scale / rows)) * rows)
+    way = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(frame).resize(size, way))
+
+
+def _strip(frames: Pixels) -> str:
+    """Frames (F, H, W, 3) side by side as a PNG, base64."""
+    count, height, width, _ = frames.shape
+    sheet = np.full((height, count * (width + GAP) - GAP, 3), 255, dtype=np.uint8)
+    for i, frame in enumerate(frames):
+        sheet[:, i * (width + GAP) : i * (width + GAP) + width] = frame
+    file = io.BytesIO()
+    Image.fromarray(sheet).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,0 +1,129 @@
+"""A comparison from its settings to its report: runs what is missing, keeps what is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenreduce.compare.arms import Arm
+from tokenreduce.compare.checks import FIRED_WITHIN, Check, check_fired, check_model
+from tokenreduce.compare.measure import Bench
+from tokenreduce.compare.patches import picture
+from tokenreduce.compare.report import write_report
+from tokenreduce.compare.settings import Settings
+from tokenreduce.compare.store import Store, Unit
+from tokenreduce.compare.summary import summarise
+from tokenreduce.compare.tasks import Task
+from tokenreduce.pipeline import load_pipeline
+from tokenreduce.yaml_source import parse_yaml
+
+REPORT_EVERY = 60.0
+"""Seconds between two reports while a comparison runs."""
+Tell = Callable[[int, int], None]
+
+
+@dataclass
+class Done:
+    """What came of one unit: rows, and where there are some, checks of its model and pictures."""
+
+    unit: Unit
+    rows: list[dict[str, Any]]
+    checks: list[Check] = field(default_factory=list)
+    picture: dict[str, Any] | None = None
+
+
+class Worker:
+    """Runs units one after the other, in this process. Its first unit of each model brings the checks."""
+
+    def __init__(self, settings: Settings, task: Task, pictures: int) -> None:
+        self.settings, self.task, self.pictures = settings, task, pictures
+        self._bench: Bench | None = None
+
+    def run(self, unit: Unit) -> Done:
+        """One example through all arms of one model."""
+        model, index = unit
+        item = self.task.item(index)
+        checks: list[Check] = []
+        if self._bench is None or self._bench.name != model:
+            self._bench = None  # The last model goes before the next one comes.
+            self._bench = self.settings.bench(model, self.task)
+            checks = check_model(self._bench, item)
+            self._bench.warm_up(item)
+        rows, outcomes = self._bench.rows(item, index)
+        drawn = picture(self._bench, item, index, outcomes) if index < self.pictures else None
+        return Done(unit, rows, checks, drawn)
+
+
+def compare(
+    settings: Settings,
+    folder: Path,
+    *,
+    pictures: int = 2,
+    ray: str | None = None,
+    tell: Tell = lambda done, asked: None,
+) -> dict[str, Any]:
+    """Run what `folder` does not hold yet, write the report, and return the summary.
+
+    pictures: examples whose kept patches are drawn. ray: address of a Ray cluster to run on, `local` to start one.
+    tell: called with (units finished, units in all). A comparison that is broken off leaves a folder that `compare` goes on
+    with. Raises TokenReduceError where settings, data or an honesty check do not hold; NotFiredError after the report is
+    written, where an arm reduced nothing.
+    """
+    task = settings.open_task()
+    store = Store.create_or_resume(folder, settings.to_dict(task))
+    try:
+        units = store.missing(settings.examples)
+        total, last = len(units) + len(store.finished), time.monotonic()
+        tell(len(store.finished), total)
+        try:
+            for done in _results(settings, task, units, pictures, ray):
+                if done.checks:
+                    store.save_checks(done.unit[0], [check.to_dict() for check in done.checks])
+                if done.picture is not None:
+                    store.save_picture(done.picture)
+                store.append(done.rows)
+                tell(len(store.finished), total)
+                if sum(model == done.unit[0] for model, _ in store.finished) == FIRED_WITHIN:
+                    check_fired(settings.arms, store.rows, finished=False)
+                if time.monotonic() - last > REPORT_EVERY:
+                    write_report(store, summarise(store, settings.arms))
+                    last = time.monotonic()
+        finally:
+            if store.rows:
+                summary = summarise(store, settings.arms)
+                write_report(store, summary)
+        check_fired(settings.arms, store.rows, finished=True)
+        return summary
+    finally:
+        store.close()
+
+
+def _results(settings: Settings, task: Task, units: Sequence[Unit], pictures: int, ray: str | None) -> Iterator[Done]:
+    if not units:
+        return
+    if ray is not None:
+        from tokenreduce.compare.cluster import run_on_ray
+
+        yield from run_on_ray(settings, units, pictures, ray)
+        return
+    worker = Worker(settings, task, pictures)
+    for unit in units:
+        yield worker.run(unit)
+
+
+def report_only(folder: Path) -> dict[str, Any]:
+    """Write the report of what `folder` holds, finished or not, without running anything; returns the summary."""
+    store = Store.read(folder)
+    summary = summarise(store, [stored_arm(arm) for arm in store.settings["arms"]])
+    write_report(store, summary)
+    return summary
+
+
+def stored_arm(arm: dict[str, Any]) -> Arm:
+    """An arm from its settings."""
+    text = arm["pipeline"]
+    pipeline = None if text is None else load_pipeline(parse_yaml(text, arm["name"]).data)
+    return Arm(arm["name"], arm["method"], arm["model"], pipeline)

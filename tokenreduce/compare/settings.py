@@ -1,0 +1,92 @@
+"""The settings of a comparison: everything that decides its results, as plain data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenreduce import __version__
+from tokenreduce.compare.arms import Arm
+from tokenreduce.compare.measure import Bench, Sampling
+from tokenreduce.compare.tasks import Task, open_task
+from tokenreduce.errors import TokenReduceError
+from tokenreduce.testbed.embedded import EMBEDDED, WEIGHTS
+
+HASHED = 64 * 2**20
+"""Weights up to so many bytes are known by their content, larger ones by the names and sizes of their files."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare. task_options: of `open_task`. new_tokens: of an answer, at most; None: the task's.
+
+    baseline: name of the arm that the others are tested against.
+    """
+
+    task: str
+    arms: tuple[Arm, ...]
+    examples: int
+    seed: int
+    baseline: str
+    task_options: dict[str, Any] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
+    new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if self.baseline not in names:
+            raise TokenReduceError(f"baseline {self.baseline} is none of the arms: {', '.join(names)}")
+
+    @property
+    def models(self) -> list[str]:
+        """Models, in the order of the arms."""
+        return list(dict.fromkeys(arm.model for arm in self.arms))
+
+    def open_task(self) -> Task:
+        """The task. Raises TokenReduceError where it has fewer examples than asked for."""
+        task = open_task(self.task, self.seed, **self.task_options)
+        if task.size is not None and task.size < self.examples:
+            raise TokenReduceError(f"{self.task} has {task.size} questions, {self.examples} examples were asked for")
+        return task
+
+    def bench(self, model: str, task: Task) -> Bench:
+        """The bench of one model."""
+        arms = [arm for arm in self.arms if arm.model == model]
+        return Bench(model, arms, self.new_tokens or task.new_tokens, task.frame_times, self.sampling)
+
+    def to_dict(self, task: Task) -> dict[str, Any]:
+        """Plain data; two comparisons whose data are equal may share a folder."""
+        return {
+            "tokenreduce": __version__,
+            "task": task.settings(),
+            "seed": self.seed,
+            "examples": self.examples,
+            "baseline": self.baseline,
+            "new_tokens": self.new_tokens or task.new_tokens,
+            "sampling": vars(self.sampling),
+            "models": {model: fingerprint(model) for model in self.models},
+            "arms": [arm.settings() for arm in self.arms],
+        }
+
+
+def fingerprint(model: str) -> str:
+    """Something that changes with the weights of a model in a folder; the name of one on the hub."""
+    folder = WEIGHTS if model == EMBEDDED else Path(model)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return "random weights" if model == EMBEDDED else model
+    digest = hashlib.sha256()
+    if sum(file.stat().st_size for file in files) > HASHED:
+        digest.update(repr([(file.name, file.stat().st_size) for file in files]).encode())
+        return f"files {digest.hexdigest()}"
+    for file in files:
+        digest.update(file.read_bytes())
+    return f"sha256 {digest.hexdigest()}"
+
+
+def baseline_name(arms: Sequence[Arm], asked: str | None) -> str:
+    """The arm to test against: the one asked for, else the dense arm of the first model."""
+    return asked or next(arm.name for arm in arms if arm.pipeline is None)

@@ -1,0 +1,174 @@
+"""From rows to what a comparison says: per arm its accuracy, what it costs, and whether it differs from the baseline."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenreduce.compare.arms import Arm
+from tokenreduce.compare.checks import check_shuffled
+from tokenreduce.compare.statistics import (
+    examples_needed,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    pareto,
+    power,
+    wilson,
+)
+from tokenreduce.compare.store import Store
+
+Row = Mapping[str, Any]
+DIFFERENCES = (0.02, 0.05, 0.10)
+"""Differences of accuracy for which the number of examples needed is told."""
+BINS = 5
+"""Ranges of the needle's position in the grid, where the task left it to chance."""
+MARKS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+SECONDS = ("vision", "prefill", "selector", "turns", "decode_per_token")
+
+
+def summarise(store: Store, arms: Sequence[Arm]) -> dict[str, Any]:
+    """The summary of what a folder holds, as plain data. Times are medians in seconds, other costs are means."""
+    settings = store.settings
+    rows = {arm.name: [row for row in store.rows if row["arm"] == arm.name] for arm in arms}
+    baseline, seed = settings["baseline"], settings["seed"]
+    placed = settings["task"].get("positions", [None]) != [None]
+    entries = [_arm(arm, rows[arm.name], placed) for arm in arms]
+    tested = [entry for entry in entries if entry["name"] != baseline and entry["examples"]]
+    if rows[baseline]:
+        for entry in tested:
+            entry.update(_against(rows[entry["name"]], rows[baseline], seed))
+            _speed(entry, next(other for other in entries if other["name"] == baseline))
+        compared = [entry for entry in tested if "p" in entry]
+        for entry, p in zip(compared, holm([entry["p"] for entry in compared]), strict=True):
+            entry["p_holm"], entry["mark"] = p, mark(p)
+    held = [entry for entry in entries if entry["examples"]]
+    front = pareto([(entry["relative_flops"], entry["accuracy"]) for entry in held])
+    for entry, on in zip(held, front, strict=True):
+        entry["pareto"] = on
+    checks = store.checks()
+    for arm in arms:
+        if arm.pipeline is None and rows[arm.name]:
+            checks.append(check_shuffled(arm.name, rows[arm.name], seed).to_dict())
+    asked = settings["examples"]
+    finished = min((entry["examples"] for entry in entries), default=0)
+    return {
+        **{name: settings[name] for name in ("tokenreduce", "task", "seed", "baseline", "models", "new_tokens")},
+        "examples": {"asked": asked, "finished": finished},
+        "complete": finished >= asked,
+        "arms": entries,
+        "checks": checks,
+    }
+
+
+def mark(p: float) -> str:
+    """Stars of a p-value: *** below 0.001, ** below 0.01, * below 0.05."""
+    return next((stars for limit, stars in MARKS if p < limit), "n.s.")
+
+
+def _arm(arm: Arm, rows: Sequence[Row], placed: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": arm.name,
+        "method": arm.method,
+        "model": arm.model,
+        "budget": arm.budget,
+        "share": arm.share,
+        "examples": len(rows),
+    }
+    if not rows:
+        return entry
+    right = sum(row["right"] for row in rows)
+    entry |= {"right": right, "accuracy": right / len(rows), "interval": list(wilson(right, len(rows)))}
+    agrees = [row["agrees"] for row in rows if row["agrees"] is not None]
+    if agrees:
+        entry |= {"agreement": sum(agrees) / len(agrees), "agreement_interval": list(wilson(sum(agrees), len(agrees)))}
+        entry["kl"] = statistics.fmean(row["kl"] for row in rows)
+    for name in (
+        "relative_tokens",
+        "relative_flops",
+        "flops",
+        "selector_flops",
+        "kv_bytes",
+        "input_tokens",
+        "new_tokens",
+    ):
+        entry[name] = statistics.fmean(row[name] for row in rows)
+    entry["tokens_per_layer"] = _columns(row["tokens"] for row in rows)
+    entry["flops_per_layer"] = _columns(row["layer_flops"] for row in rows)
+    entry["seconds"] = {name: _median(row["seconds"][name] for row in rows) for name in SECONDS}
+    for name in ("peak_bytes", "growth_bytes"):
+        entry[name] = _median(row.get(name) for row in rows)
+    entry["grid"] = grid(rows, placed)
+    return entry
+
+
+def _against(rows: Sequence[Row], baseline: Sequence[Row], seed: int) -> dict[str, Any]:
+    """Paired statistics on the examples that both arms have."""
+    other = {row["index"]: bool(row["right"]) for row in baseline}
+    pairs = [(bool(row["right"]), other[row["index"]]) for row in rows if row["index"] in other]
+    if not pairs:
+        return {}
+    better = sum(a and not b for a, b in pairs)
+    worse = sum(b and not a for a, b in pairs)
+    differences = [int(a) - int(b) for a, b in pairs]
+    discordant = (better + worse) / len(pairs)
+    return {
+        "difference": statistics.fmean(differences),
+        "difference_interval": list(paired_bootstrap(differences, seed)),
+        "only_arm": better,
+        "only_baseline": worse,
+        "p": mcnemar(better, worse),
+        "examples_needed": {f"{d:g}": examples_needed(discordant, d) for d in DIFFERENCES},
+        "power": {f"{d:g}": _power(len(pairs), discordant, d) for d in DIFFERENCES},
+    }
+
+
+def _power(examples: int, discordant: float, difference: float) -> float:
+    """Chance that so many examples show a true difference, if pairs disagree as often as observed."""
+    share = max(discordant, difference)
+    return power(examples, (share + difference) / 2, (share - difference) / 2)
+
+
+def _speed(entry: dict[str, Any], baseline: Mapping[str, Any]) -> None:
+    """How much faster the prefill was, decoder alone and with the vision tower: ratios of medians."""
+    own, other = entry["seconds"], baseline["seconds"]
+    entry["prefill_speedup"] = other["prefill"] / own["prefill"]
+    entry["whole_speedup"] = (other["prefill"] + other["vision"]) / (own["prefill"] + own["vision"])
+
+
+def grid(rows: Sequence[Row], placed: bool) -> list[dict[str, Any]]:
+    """Accuracy per length of the video and place of the needle: {frames, position, label, right, examples}; may be empty.
+
+    placed: the task chose the places; else they are put into BINS ranges of equal width.
+    """
+    cells: dict[tuple[float, float], list[Row]] = {}
+    for row in rows:
+        if "position" not in row["cell"]:
+            continue
+        position = row["cell"]["position"]
+        place = position if placed else min(int(position * BINS), BINS - 1) / BINS
+        cells.setdefault((row["cell"]["frames"], place), []).append(row)
+    return [
+        {
+            "frames": frames,
+            "position": place,
+            "label": f"{place:.2g}" if placed else f"{place:.1f}–{place + 1 / BINS:.1f}",
+            "right": sum(row["right"] for row in own),
+            "examples": len(own),
+        }
+        for (frames, place), own in sorted(cells.items())
+    ]
+
+
+def _columns(lists: Iterable[Sequence[float]]) -> list[float]:
+    """Mean per layer."""
+    return [float(value) for value in np.mean(list(lists), axis=0)]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
