@@ -254,7 +254,8 @@ class Account:
     def _falling(self, site: Site, later: Sequence[Site], keep: int, reducible: int) -> Iterator[Change]:
         share = Fraction(keep, max(reducible, 1))
         for power, at in enumerate((site, *later)):
-            yield at, self.fixed + int(keep * share**power)
+            # One token always stays: planning for none would leave the last site less than it must keep.
+            yield at, self.fixed + max(int(keep * share**power), min(keep, 1))
 
     def kv_allowance(self, layer: int, scheduled: Sequence[int], tokens: int, span: bool) -> int:
         """The most tokens that the KV cache of `layer` and of each later layer in `scheduled` may hold; −1 if none.

@@ -50,6 +50,8 @@ class StreamingWindow(Strategy):
         if "held" not in ctx.state:
             ctx.state["held"] = ctx.allowance()
         held: int = ctx.state["held"]
+        if held >= ctx.n:
+            return ctx.n
         if held <= self.config.sinks:
             raise ctx.refusal(
                 self.config.sinks + 1,
