@@ -22,7 +22,7 @@ def prefill(data: dict[str, Any]) -> list[str]:
     rows = [
         [
             f"{row['tokens']:,}", row["dtype"], f"{row['budget']}", row["pipeline"], f"{row['dense_seconds']['median']:.1f}",
-            f"{row['seconds']['median']:.1f} ({row['seconds']['min']:.1f}–{row['seconds']['max']:.1f}, {row['seconds']['runs']} runs)",
+            "{median:.1f} ({min:.1f}–{max:.1f}, {runs} runs)".format(**row["seconds"]),
             f"{row['measured']:.2f}×", f"{row['predicted']:.2f}×", f"{row['ratio']:.2f}",
         ]
         for row in data["rows"]

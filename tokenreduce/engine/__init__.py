@@ -3,6 +3,8 @@
 schedule.py  which stage is asked where, per sequence; no tensors
 sequence.py  one sequence's tokens, and what a stage sees of them
 forward.py   one forward of one attachment: batches, rotary positions, masks, deepstack rows
+kv.py        stages at `kv` sites
+receipt.py   the trace of a forward that has ended
 cache.py     KV cache layers that hold their own tokens and report logical lengths
 tap.py       the way into attention: masks, importance, spans
 parallel.py  attention heads that are spread over several processes
@@ -11,6 +13,7 @@ layers.py    the hooks inside the layers, on while a forward reduces
 host.py      the model: its facts, the hooks around its decoder, its configuration
 probe.py     proves on the real layers what an adapter says about them
 call.py      one call of the decoder: its layout, its sequences
+stack.py     what called, read from the stack
 checks.py    what is refused by name
 run.py       a pipeline on a model: how a forward begins and ends
 attach.py    attach, reduce, detach

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenreduce import cost
-from tokenreduce.budget import SPAN_BLOCK, kv_pairs
+from tokenreduce.budget import SPAN_BLOCK
 from tokenreduce.engine.cache import KvPlan, TokenLayer
+from tokenreduce.engine.kv import plan_kv
 from tokenreduce.engine.parallel import over_ranks, total_heads
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
 from tokenreduce.engine.tap import Attention, attend_by_position, causal_mask
-from tokenreduce.errors import NotFiredError, PluginError, TokenReduceError, UnsupportedError
+from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
 from tokenreduce.ops.attention import importance, importance_flops
-from tokenreduce.reduction import Reduction, Weighting
-from tokenreduce.strategy import Decision, Heads, Queries, Site, SiteKind, Span
-from tokenreduce.trace import LayerTrace, StageTrace, Trace
-
-EVERYTHING = 1 << 40
-"""A window that no sequence outgrows."""
+from tokenreduce.reduction import Reduction
+from tokenreduce.strategy import Decision, Heads, Queries, Site, SiteKind
+from tokenreduce.trace import StageTrace
 
 REFUSED_ATTENTION = ("softcap", "s_aux", "position_bias")
 
@@ -80,10 +76,10 @@ class Forward:
         rows: list[Tensor] = []
         changed = False
         for number, sequence in enumerate(self.sequences):
-            hidden = x[sequence.row, self._here(len(sequence), x.shape[1])]
+            hidden = x[sequence.row, self.here(len(sequence), x.shape[1])]
             for run in sequence.conductor.due(site, sequence.__len__):
                 before = len(sequence)
-                decision = self._decide(sequence, run, site, hidden)
+                decision = self.decide(sequence, run, site, hidden)
                 merged = 0
                 if decision.reduction is not None:
                     sequence.check(run.strategy.name, site, decision.reduction)
@@ -93,17 +89,17 @@ class Forward:
                         )
                         assert left is not None
                         hidden, changed = left, True
-                self._record(sequence, run, site, decision, before, len(sequence), merged)
+                self.record(sequence, run, site, decision, before, len(sequence), merged)
             rows.append(hidden)
         if changed and self.draft:
             rows = [torch.cat([row, x[s.row, -self.draft :]]) for row, s in zip(rows, self.sequences, strict=True)]
         return self._pack(rows) if changed else None
 
-    def _here(self, count: int, width: int) -> slice:
+    def here(self, count: int, width: int) -> slice:
         """Columns of a row's `count` tokens where the batch has `width`: after the padding, before the draft."""
         return slice(width - self.draft - count, width - self.draft)
 
-    def _decide(self, sequence: Sequence, run: StageRun, site: Site, hidden: Tensor) -> Decision:
+    def decide(self, sequence: Sequence, run: StageRun, site: Site, hidden: Tensor) -> Decision:
         readable = self.attention is not None and site.kind != "kv"
         name = run.strategy.name
         try:
@@ -120,7 +116,7 @@ class Forward:
             raise PluginError(f"strategy {name} at {site} returned a span, which only a stage at a `kv` site can have")
         return answer
 
-    def _record(
+    def record(
         self, sequence: Sequence, run: StageRun, site: Site, decision: Decision, before: int, after: int, merged: int
     ) -> None:
         sequence.conductor.record(run, site, decision.finished, decision.budget_met, decision.consumed, decision.note)
@@ -154,7 +150,7 @@ class Forward:
         plan = KvPlan(self.width, self.valid, draft=self.draft, repacked=self.index is not None)
         spans: list[int | None] = [None] * len(self.sequences)
         if self.kv_sites or (self.layers and self.layers[layer].position is not None):
-            spans = self._plan_kv(layer, x, plan)
+            spans = plan_kv(self, layer, x, plan)
         for sequence, held in zip(self.sequences, spans, strict=True):
             sequence.attended = sequence.alive
             attend(sequence.conductor.account, len(sequence), held, plan.window is not None)
@@ -170,12 +166,12 @@ class Forward:
         self.deepstack.pop(0)
         rows = []
         for number, sequence in enumerate(self.sequences):
-            rows.append(out[sequence.row, self._here(len(sequence), out.shape[1])] + self.passengers[number].pop(0))
+            rows.append(out[sequence.row, self.here(len(sequence), out.shape[1])] + self.passengers[number].pop(0))
         if len(rows) == 1 and rows[0].shape[0] == out.shape[1]:
             return rows[0][None]
         padded = out.clone()
         for sequence, row in zip(self.sequences, rows, strict=True):
-            padded[sequence.row, self._here(len(sequence), out.shape[1])] = row
+            padded[sequence.row, self.here(len(sequence), out.shape[1])] = row
         return padded
 
     def rotate(self, embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -195,72 +191,7 @@ class Forward:
             self.gathered = tuple(gather(table) for table in embeddings)
         return self.gathered
 
-    # kv sites -----------------------------------------------------------------------------------------------------------
-
-    def _plan_kv(self, layer: int, x: Tensor, plan: KvPlan) -> list[int | None]:
-        """Ask the stages at `layer[l].kv`; returns what the cache will hold of each row, None for everything."""
-        site = Site(layer, "kv")
-        width = x.shape[1]
-        targets = torch.full(x.shape[:2], -1, dtype=torch.long, device=x.device)
-        position = torch.full_like(targets, -1)
-        windows, held, remain = [], [], []
-        sinks = 0
-        size = torch.ones_like(targets)
-        weighting: Weighting | None = None
-        past = self._past(layer, x.shape[0], x.device)
-        totals = torch.tensor([s.total for s in self.sequences], device=x.device)
-        draft = torch.arange(width - self.draft, width, device=x.device)
-        targets[:, draft] = draft
-        position[:, draft] = (past + totals)[:, None] + draft - width + self.draft
-        for sequence in self.sequences:
-            n, here = len(sequence), self._here(len(sequence), width)
-            pad = here.start
-            targets[sequence.row, here] = torch.arange(pad, here.stop, device=x.device)
-            position[sequence.row, here] = sequence.alive + past[sequence.row]
-            size[sequence.row, here] = sequence.size
-            window: int | None = None
-            count: int | None = None
-            kept = torch.ones(n, dtype=torch.bool, device=x.device)
-            for run in sequence.conductor.due(site, sequence.__len__):
-                decision = self._decide(sequence, run, site, x[sequence.row, here])
-                if decision.reduction is not None:
-                    sequence.check(run.strategy.name, site, decision.reduction)
-                    target, kept = decision.reduction.target[0], decision.reduction.kept[0]
-                    targets[sequence.row, here] = torch.where(target >= 0, target + pad, -1)
-                    count = int(kept.sum())
-                    if count < n:
-                        weighting = decision.reduction.weighting
-                if isinstance(decision.span, Span):
-                    window, sinks = decision.span.window, decision.span.sinks
-                    count = min(sinks + window, n)
-                self._record(sequence, run, site, decision, n, n if count is None else count, 0)
-            windows.append(window)
-            held.append(count)
-            remain.append(kept)
-        plan.end = past + totals + self.draft
-        if weighting is None and all(window is None for window in windows):
-            known = bool(self.layers) and self.layers[layer].position is not None
-            plan.position = position if known or self.index is not None else None
-            return [None] * len(held)
-        for sequence, kept, count in zip(self.sequences, remain, held, strict=True):
-            n = len(sequence)
-            seen = kv_pairs(n, min(count or n, n), True) if weighting is None else _pairs_in_blocks(kept)
-            self.pairs[layer, sequence.row] = seen
-        plan.position = position
-        if weighting is not None:
-            plan.reduction, plan.size = Reduction(targets, weighting), size
-        if any(window is not None for window in windows):
-            # A row without vision tokens now goes on with the span it had, if it had one.
-            earlier = self.layers[layer].window if self.layers else None
-            before = [EVERYTHING] * len(windows) if earlier is None else earlier.tolist()
-            now = [was if w is None else w for w, was in zip(windows, before, strict=True)]
-            plan.window = torch.tensor(now, device=x.device)
-            plan.sinks = sinks
-        if not self.layers:
-            raise UnsupportedError("stages at `kv` sites need a KV cache; call with use_cache=True")
-        return held
-
-    def _past(self, layer: int, rows: int, device: torch.device) -> Tensor:
+    def past(self, layer: int, rows: int, device: torch.device) -> Tensor:
         """(B,) long: tokens of earlier turns in each row."""
         if not self.layers or not self.layers[layer].held:
             return torch.zeros(rows, dtype=torch.long, device=device)
@@ -310,7 +241,7 @@ class Forward:
             assert held.end is not None
             for s in self.sequences:
                 start = held.end[s.row] - self.draft - s.total
-                position[s.row, self._here(len(s), count)] = s.alive + start
+                position[s.row, self.here(len(s), count)] = s.alive + start
             draft = torch.arange(-self.draft, 0, device=query.device)
             position[:, count - self.draft :] = held.end[:, None] + draft
             return position
@@ -331,13 +262,13 @@ class Forward:
         assert self.attention is not None
         layer, query, key, scale = self.attention
         n = len(sequence.attended)
-        q = query[sequence.row, :, self._here(n, query.shape[2])]
+        q = query[sequence.row, :, self.here(n, query.shape[2])]
         k = key[sequence.row]
         held = self.layers[layer] if self.layers else None
         if held is not None and held.valid is not None:
             k = k[:, held.valid[sequence.row]]
         elif held is None:
-            k = k[:, self._here(n, k.shape[1]).start :]
+            k = k[:, self.here(n, k.shape[1]).start :]
         k = k[:, : k.shape[1] - self.draft]
         rows = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
         scores = importance(q, k, scale, rows, heads)[k.shape[1] - n :]
@@ -349,62 +280,6 @@ class Forward:
         if len(sequence) != n:
             scores = scores[torch.searchsorted(sequence.attended, sequence.alive)]
         return scores
-
-    # End ----------------------------------------------------------------------------------------------------------------
-
-    def finish(self, pipeline: str, budget: str, cache_bytes: int, dense: int, head: int) -> Trace:
-        """The receipt. Raises NotFiredError if a stage never acted on a sequence with vision tokens."""
-        for sequence in self.sequences:
-            idle = sequence.conductor.unfinished() if sequence.original_reducible else []
-            if idle:
-                sites = ", ".join(str(site) for site in idle[0].sites[:3])
-                raise NotFiredError(
-                    f"stage {idle[0].strategy.name} never acted on row {sequence.row}, which has {sequence.original_reducible} "
-                    f"vision tokens: it waits for {sites} or for the stages before it to finish; mend `at`, `from`, `until`"
-                )
-        accounts = [s.conductor.account for s in self.sequences]
-        layers = []
-        for layer in range(accounts[0].shape.layers):
-            held = torch.tensor([account.kv[layer] for account in accounts])
-            layers.append(
-                LayerTrace(
-                    layer=layer,
-                    tokens=held,
-                    ffn_tokens=torch.tensor([account.ffn[layer] for account in accounts]),
-                    flops=sum(
-                        cost.layer_flops(
-                            a.shape, a.attn[layer], a.ffn[layer], pairs=self.pairs.get((layer, s.row), a.pairs[layer])
-                        )
-                        for a, s in zip(accounts, self.sequences, strict=True)
-                    ),
-                    kv_bytes=cost.kv_bytes(accounts[0].shape, [int(held.sum())], cache_bytes),
-                )
-            )
-        return Trace(
-            pipeline=pipeline,
-            budget=budget,
-            tokens=torch.tensor([s.total for s in self.sequences]),
-            kept=[s.columns[s.alive] for s in self.sequences],
-            source=torch.stack([s.source(self.width - self.draft) for s in self.sequences]),
-            layers=layers,
-            stages=self.stages,
-            dense_flops=dense,
-            selector_flops=sum(account.selector_flops for account in accounts),
-            head_flops_per_token=head,
-            skipped=[
-                f"row {s.row}: {run.strategy.name}: {run.note}"
-                for s in self.sequences
-                for run in s.conductor.runs
-                if not run.acted and run.note
-            ],
-        )
-
-
-def _pairs_in_blocks(kept: Tensor) -> int:
-    """(query, key) pairs of `attend_by_position` where every query is alive and the `kept` (n,) of the keys are held."""
-    seen = kept.cumsum(0).tolist()
-    ends = [*range(SPAN_BLOCK, len(seen), SPAN_BLOCK), len(seen)]
-    return sum((end - start) * seen[end - 1] for start, end in itertools.pairwise([0, *ends]))
 
 
 def _reads(run: StageRun) -> list[Site]:

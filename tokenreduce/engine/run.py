@@ -19,6 +19,7 @@ from tokenreduce.engine.checks import check_ran, check_spent, refuse_call, refus
 from tokenreduce.engine.forward import Forward
 from tokenreduce.engine.host import Host
 from tokenreduce.engine.layers import LayerHooks
+from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
 from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
@@ -271,7 +272,8 @@ class Run:
         total = [s.total for s in forward.sequences]
         layers = self.shape.layers
         check_ran(self.host.family, layers, forward.sequences)
-        trace = forward.finish(
+        trace = receipt(
+            forward,
             self.pipeline.name,
             str(self.budget) if self.budget else "none",
             self.host.cache_bytes,
