@@ -195,9 +195,11 @@ def test_everything_with_everything(name: str, family: str, prompt: str, dtype: 
         dtype = torch.float64  # A decision this close may go the other way in float32.
         subject = model(family, dtype, attention)
     logits, trace = prefill(subject, BY_NAME[name], prompt)
-    check_prefill(expected, logits, trace, TOLERANCE[dtype])
+    # Eager attention rounds its softmax to float32 whatever the model's dtype, and blocks of keys round differently.
+    tolerance = TOLERANCE[torch.float32 if attention == "eager" else dtype]
+    check_prefill(expected, logits, trace, tolerance)
     with tr.reduce(subject, BY_NAME[name].load(), layout=PROMPTS[prompt]().layout):
         tokens, states = generate(subject, PROMPTS[prompt]())
     ours, own = greedy(expected)
     assert torch.equal(tokens, ours)
-    near(states, own, TOLERANCE[dtype])
+    near(states, own, tolerance)
