@@ -36,7 +36,7 @@ bench: $(VENV)/.ready  ## benchmarks (about an hour; results in benchmarks/resul
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/report.py
 
-train-testbed: $(VENV)/.ready  ## train the embedded model anew (a few CPU hours, resumable)
+train-testbed: $(VENV)/.ready  ## train the embedded model anew (about an hour of one core, resumable)
 	$(BIN)/python -m tokenreduce.testbed.train
 
 clean:
