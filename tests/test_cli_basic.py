@@ -200,7 +200,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_an_interrupt_from_the_keyboard_exits_130(tmp_path: Path) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import time, tokenreduce.pipeline as p\n"
+        "import signal, time, tokenreduce.pipeline as p\n"
+        # A shell's background jobs, such as a CI's, are started with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(_):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "p.pipeline_problems = wait\n" + SCRIPT + "\n"
     )

@@ -72,7 +72,7 @@ def compare(
         bool, typer.Option("--report-only", help="Write the report of what the folder holds; run nothing.")
     ] = False,
 ) -> None:
-    """Compare arms (pipelines × budgets × models) on a task, with paired statistics and a report.
+    """Compare arms (pipelines, budgets and models in all combinations) on a task, with paired statistics and a report.
 
     Every finished example is on disk at once. The same command again goes on where a killed one stopped; its report is
     valid for what there is.
