@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from tokenreduce.errors import LayoutError
-from tokenreduce.layout import PLAIN
+from tokenreduce.layout import NEWLINE, PLAIN, TokenLayout
 from tokenreduce.sheet import Sheet
 
 Pixels = NDArray[np.uint8]
@@ -120,6 +120,25 @@ def _save(figure: Any, labelled: Any, path: str | Path) -> Path:
     )
     figure.savefig(path)
     return Path(path)
+
+
+def frame_grid(layout: TokenLayout, aspect: float) -> tuple[int, int] | None:
+    """(rows, columns) of a frame's patches: from its newlines, else a square, else the factors nearest to height / width.
+
+    None where frames differ in the number of their patches.
+    """
+    slot, frame = layout.slot[0].cpu().numpy(), layout.frame[0].cpu().numpy()
+    marker = np.zeros_like(slot) if layout.marker is None else layout.marker[0].cpu().numpy()
+    patch = (slot >= 0) & (marker == PLAIN)
+    counts = np.unique(frame[patch], return_counts=True)[1]
+    if len(counts) == 0 or (counts != counts[0]).any():
+        return None
+    count = int(counts[0])
+    newlines = int(((slot >= 0) & (marker == NEWLINE) & (frame == frame[patch].min())).sum())
+    if newlines and count % newlines == 0:
+        return newlines, count // newlines
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(pairs, key=lambda pair: (pair[0] != pair[1], abs(np.log(pair[0] / pair[1] / aspect))))
 
 
 def patch_positions(

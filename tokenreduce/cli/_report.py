@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tokenreduce import plugins
 from tokenreduce.adapter import Prompt
 from tokenreduce.cli._media import Asking
-from tokenreduce.layout import NEWLINE, PLAIN, TokenLayout
-from tokenreduce.pictures import comparison_sheet, kept_patches, tokens_per_layer
+from tokenreduce.layout import TokenLayout
+from tokenreduce.pictures import comparison_sheet, frame_grid, kept_patches, tokens_per_layer
 from tokenreduce.runner import Arm
 
 
@@ -60,24 +59,6 @@ def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequ
         times=asking.clip.times,
     )
     return [*lines, f"wrote {folder}/comparison.png and {folder}/ARM/kept.png: what became of each patch"]
-
-
-def frame_grid(layout: TokenLayout, aspect: float) -> tuple[int, int] | None:
-    """(rows, columns) of a frame's patches: from its newlines, else a square, else the factors nearest to height / width.
-
-    None where frames differ in the number of their patches."""
-    slot, frame = layout.slot[0].numpy(), layout.frame[0].numpy()
-    marker = np.zeros_like(slot) if layout.marker is None else layout.marker[0].numpy()
-    patch = (slot >= 0) & (marker == PLAIN)
-    counts = np.unique(frame[patch], return_counts=True)[1]
-    if len(counts) == 0 or (counts != counts[0]).any():
-        return None
-    count = int(counts[0])
-    newlines = int(((slot >= 0) & (marker == NEWLINE) & (frame == frame[patch].min())).sum())
-    if newlines and count % newlines == 0:
-        return newlines, count // newlines
-    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
-    return min(pairs, key=lambda pair: (pair[0] != pair[1], abs(np.log(pair[0] / pair[1] / aspect))))
 
 
 def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[Arm]) -> TokenLayout | None:

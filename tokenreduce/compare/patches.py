@@ -16,8 +16,7 @@ from tokenreduce.adapter import Prompt
 from tokenreduce.compare.measure import Bench, Outcome
 from tokenreduce.compare.tasks import Item
 from tokenreduce.errors import MediaError
-from tokenreduce.layout import NEWLINE, PLAIN, TokenLayout
-from tokenreduce.pictures import patch_positions, patch_states, render_frame
+from tokenreduce.pictures import frame_grid, patch_positions, patch_states, render_frame
 from tokenreduce.video import FPS, MAX_FRAMES, probe, read_frames, sample_indices
 
 FRAMES, SIDE, GAP = 8, 144, 4
@@ -64,25 +63,6 @@ def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, Outcome
     question = " … ".join(text for text, _ in item.turns)
     data = {"model": bench.name, "index": index, "id": item.id, "question": question, "expected": item.expected}
     return {**data, "frames": chosen, "strips": strips}
-
-
-def frame_grid(layout: TokenLayout, aspect: float) -> tuple[int, int] | None:
-    """(rows, columns) of a frame's patches: from its newlines, else a square, else the factors nearest to height / width.
-
-    None where frames differ in the number of their patches.
-    """
-    slot, frame = layout.slot[0].cpu().numpy(), layout.frame[0].cpu().numpy()
-    marker = np.zeros_like(slot) if layout.marker is None else layout.marker[0].cpu().numpy()
-    patch = (slot >= 0) & (marker == PLAIN)
-    counts = np.unique(frame[patch], return_counts=True)[1]
-    if len(counts) == 0 or (counts != counts[0]).any():
-        return None
-    count = int(counts[0])
-    newlines = int(((slot >= 0) & (marker == NEWLINE) & (frame == frame[patch].min())).sum())
-    if newlines and count % newlines == 0:
-        return newlines, count // newlines
-    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
-    return min(pairs, key=lambda pair: (pair[0] != pair[1], abs(np.log(pair[0] / pair[1] / aspect))))
 
 
 def _frames(bench: Bench, item: Item) -> Pixels | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokenreduce.compare.statistics import Interval, wilson
 from tokenreduce.models import load_model
 from tokenreduce.testbed.embedded import WEIGHTS, read_saved_tokenizer
 from tokenreduce.testbed.forward import answer_logits
@@ -37,17 +37,9 @@ class Score:
         return self.right / self.examples
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> Interval:
         """95 % Wilson interval of the accuracy."""
         return wilson(self.right, self.examples)
-
-
-def wilson(right: int, examples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion."""
-    share, spread = right / examples, z * z / examples
-    middle = share + spread / 2
-    reach = z * math.sqrt(share * (1 - share) / examples + spread / examples / 4)
-    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
 
 
 @torch.no_grad()
