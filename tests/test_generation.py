@@ -184,3 +184,19 @@ def test_logits_to_keep_is_no_draft(cached: bool) -> None:
         logits: Tensor = subject(**given.inputs, past_key_values=cache, use_cache=cached, logits_to_keep=4).logits
         assert run.trace.kept[0].tolist() == known("framefusion", "single").rows[0].receipt.kept
     near(logits[0], known("framefusion", "single").logits[0][-4:], EXACT)
+
+
+@pytest.mark.parametrize("name", ["framefusion", "fastv", "streaming_llm"])
+def test_generation_without_a_cache(name: str) -> None:
+    """Every step is a prefill of the prompt and what was written so far: the same as calling the model so by hand."""
+    given, subject = PROMPTS["single"](), model()
+    ids = given.inputs["input_ids"]
+    pipeline = BY_NAME[name].load()
+    with torch.no_grad(), tr.reduce(subject, pipeline, layout=given.layout):
+        tokens = subject.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False, min_new_tokens=5)
+    by_hand = ids
+    for step in range(5):
+        with torch.no_grad(), tr.reduce(subject, pipeline, layout=given.layout.followed_by_text(step)):
+            logits = subject(by_hand, use_cache=False).logits[:, -1]
+        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(tokens, by_hand)

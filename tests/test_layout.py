@@ -90,3 +90,12 @@ def test_layouts_that_contradict_themselves_are_refused(change: dict, message: s
         TokenLayout(**{"slot": row(0, 1), "frame": row(0, 0), **change})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_text_that_follows() -> None:
+    layout = TokenLayout.video(before=1, frames=2, per_frame=2, after=1)
+    longer = layout.followed_by_text(3)
+    assert longer.slot.tolist() == [[-1, 0, 1, 0, 1, -1, -1, -1, -1]]
+    assert longer.frame.tolist() == [[-1, 0, 0, 1, 1, -1, -1, -1, -1]]
+    assert longer.media().tolist() == [[-1, 0, 0, 0, 0, -1, -1, -1, -1]]
+    assert layout.followed_by_text(0).shape == layout.shape

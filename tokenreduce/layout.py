@@ -105,6 +105,16 @@ class TokenLayout:
         }
         return replace(self, **grown)
 
+    def followed_by_text(self, tokens: int) -> TokenLayout:
+        """The layout with `tokens` more text tokens at the end of each row."""
+        blank = {"slot": -1, "frame": -1, "medium": -1, "marker": PLAIN, "protected": False}
+        longer = {
+            name: torch.nn.functional.pad(getattr(self, name), (0, tokens), value=value)
+            for name, value in blank.items()
+            if getattr(self, name) is not None
+        }
+        return replace(self, **longer)
+
     @classmethod
     def text(cls, batch: int, tokens: int) -> TokenLayout:
         """A layout without vision tokens."""

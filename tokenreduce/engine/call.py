@@ -15,7 +15,7 @@ from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine.schedule import Conductor, check
 from tokenreduce.engine.sequence import Sequence
-from tokenreduce.engine.stack import draft_length
+from tokenreduce.engine.stack import draft_length, in_generation
 from tokenreduce.errors import LayoutError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.strategy import Strategy
@@ -83,6 +83,9 @@ class Call:
 def given_layout(call: Call, layout: TokenLayout, fresh: bool) -> TokenLayout | None:
     """The layout that the user gave, if it is this call's. fresh: no prefill has used it yet."""
     tokens = layout.shape[1]
+    if not fresh and call.cache is None and call.width > tokens and in_generation():
+        # Without a cache, generate() feeds the prompt anew at each step, with what it has written behind it.
+        return layout.followed_by_text(call.width - tokens).expand(call.batch)
     if call.width - call.draft != tokens:
         if call.past == 0 or (fresh and call.width > 1):
             raise LayoutError(

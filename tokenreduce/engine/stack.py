@@ -31,6 +31,11 @@ def in_compiled_call() -> bool:
     )
 
 
+def in_generation() -> bool:
+    """Whether generate() is calling: what follows a prompt it has prefilled is its own text."""
+    return any(_is_loop(frame) for frame in _stack())
+
+
 def in_chunked_prefill() -> bool:
     """Whether generate() is feeding a prompt in several pieces."""
     for frame in _stack():
