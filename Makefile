@@ -34,7 +34,6 @@ reproduce: $(VENV)/.ready  ## the paper's tables on the embedded model (under an
 
 bench: $(VENV)/.ready  ## benchmarks (about an hour; results in benchmarks/results and docs/benchmarks.md)
 	$(BIN)/python benchmarks/bench.py
-	$(BIN)/python benchmarks/report.py
 
 train-testbed: $(VENV)/.ready  ## train the embedded model anew (about an hour of one core, resumable)
 	$(BIN)/python -m tokenreduce.testbed.train
