@@ -38,9 +38,9 @@ def report() -> Path:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `make bench` (one case alone: `python benchmarks/bench.py CASE`). The arms of a case take turns in one run after a",
-        "warm-up, in alternating order; a ratio is the median of the ratios within each turn, in brackets the smallest and the largest.",
-        "Weights are random unless a section says otherwise: they show speed and memory, never accuracy.",
+        "Made by `make bench` (one case alone: `python benchmarks/bench.py CASE`). The arms of a case take turns in one run",
+        "after a warm-up, in alternating order; a ratio is the median of the ratios within each turn, in brackets the smallest",
+        "and the largest. Weights are random unless a section says otherwise: they show speed and memory, never accuracy.",
         "",
     ]
     for name in CASES:
@@ -49,8 +49,8 @@ def report() -> Path:
             continue
         data = json.loads(file.read_text(encoding="utf-8"))
         where = (
-            f"{data['date']}, {data['cpu']} ({data['vectors']}), {data['threads']} of {data['cores']} cores, torch {data['torch']}, "
-            f"{data['seconds']:.0f} s{', quick settings' if data['quick'] else ''}; "
+            f"{data['date']}, {data['cpu']} ({data['vectors']}), {data['threads']} of {data['cores']} cores, "
+            f"torch {data['torch']}, {data['seconds']:.0f} s; "
             f"[results](../benchmarks/results/{name}.json)"
         )
         lines += [f"## {case(name).TITLE}", "", *case(name).section(data, DOCS), "", f"*{where}*", ""]
@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"out of: {', '.join(CASES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller settings; results are not kept")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--report", action="store_true", help="measure nothing; make docs/benchmarks.md from the results")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing; make docs/benchmarks.md from the results"
+    )
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.cases) - set(CASES))
     if unknown:

@@ -217,6 +217,7 @@ CASES: list[Case] = [
     Case("framefusion", "framefusion", 0.6),
     Case("framefusion_official", "framefusion_official", RELEASED),
     Case("framefusion_minicpm_v", "framefusion_minicpm_v", 0.6),
+    Case("framefusion_equal", "framefusion_equal", 0.6),
     Case("fastv", "fastv", 0.6),
     Case("merge_only", "merge_only", 0.6),
     Case("noncascaded_merge", "noncascaded_merge", 0.6),

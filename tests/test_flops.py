@@ -21,6 +21,7 @@ TOTAL, VISION = LAYOUT.shape[1], 450
 NAMES = [
     "framefusion",
     "framefusion_official",
+    "framefusion_equal",
     "fastv",
     "random",
     "merge_only",

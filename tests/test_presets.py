@@ -22,6 +22,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "pipelines.md"
 PRESETS = [
     "framefusion",
     "framefusion_official",
+    "framefusion_equal",
     "fastv",
     "streaming_llm",
     "random",

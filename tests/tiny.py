@@ -29,7 +29,7 @@ DICTS = (
     "_backward_pre_hooks",
 )
 PRESETS = ("framefusion", "fastv", "merge_only", "prune_only", "random", "uniform_frames", "streaming_llm")
-PRESETS += ("framefusion_official", "noncascaded_merge", "prune_then_merge")
+PRESETS += ("framefusion_official", "noncascaded_merge", "prune_then_merge", "framefusion_equal")
 
 
 def tiny_config(**changes: Any) -> Qwen2Config:

@@ -14,7 +14,7 @@ from tokenreduce.engine.kv import plan_kv
 from tokenreduce.engine.parallel import over_ranks, total_heads
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
-from tokenreduce.engine.tap import Attention, attend_by_position, causal_mask
+from tokenreduce.engine.tap import Attention, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
 from tokenreduce.ops.attention import importance, importance_flops
 from tokenreduce.reduction import Reduction
@@ -229,6 +229,9 @@ class Forward:
             return attend_by_position(
                 base, module, query, key, value, held, position, self.implementation, SPAN_BLOCK, kwargs
             )
+        starts = [query.shape[2] - self.draft - len(sequence) for sequence in self.sequences]
+        if any(starts) and key.shape[2] == query.shape[2] and self.implementation == "sdpa" and _plain(kwargs):
+            return attend_by_row(base, module, query, key, value, starts, kwargs)
         if self.index is not None or (held is not None and held.reduced):
             mask = self._mask(query, key.shape[-2], held)
         return base(module, query, key, value, mask, **kwargs)
@@ -280,6 +283,11 @@ class Forward:
         if len(sequence) != n:
             scores = scores[torch.searchsorted(sequence.attended, sequence.alive)]
         return scores
+
+
+def _plain(kwargs: Mapping[str, Any]) -> bool:
+    """Whether attention is nothing but causal."""
+    return kwargs.get("position_bias") is None and kwargs.get("is_causal") is not False
 
 
 def _reads(run: StageRun) -> list[Site]:

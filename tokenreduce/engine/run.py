@@ -148,7 +148,9 @@ class Run:
         if self._layout is not None:
             for row in self._reducible(self._layout):
                 if bool(row.any()):
-                    check(self.strategies, self._account(len(row), int(row.sum())))
+                    # In a batch, what lies before the vision tokens may be padding; each call is checked again with its mask.
+                    padding = int(row.int().argmax()) if len(self._layout.slot) > 1 else 0
+                    check(self.strategies, self._account(len(row) - padding, int(row.sum())))
 
     def _account(self, total: int, reducible: int) -> Account:
         return Account(self.budget, self.shape, total, reducible, self.host.cache_bytes)

@@ -7,7 +7,7 @@ padding would be ignored). It does what `<impl>` does, except for layers of the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,27 @@ def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, vali
         config=config,
         device=query.device,
     )
+
+
+def attend_by_row(
+    base: Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Sequence[int],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Causal attention of a left-padded prefill without a mask: SDPA takes twice as long with one.
+
+    query: (B, H, n, d). starts: the first column of each row that is not padding. Padding attends to nothing and is zero.
+    """
+    rows, heads, count, _ = query.shape
+    out = query.new_zeros(rows, count, heads, value.shape[-1])
+    for row, start in enumerate(starts):
+        q, k, v = (x[row : row + 1, :, start:] for x in (query, key, value))
+        out[row, start:] = base(module, q, k, v, None, **kwargs)[0][0]
+    return out, None
 
 
 def attend_by_position(

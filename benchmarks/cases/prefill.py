@@ -1,0 +1,113 @@
+"""Measured against FLOP-predicted speed-up of the prefill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import HIDDEN, Options, Row, decoder, paired_ratio, spread, summary, table, take_turns, video
+from matplotlib.figure import Figure
+
+import tokenreduce as tr
+from tokenreduce.cost import DecoderShape, prefill_flops
+
+LAYERS = 24
+TITLE = f"Prefill: {LAYERS} layers of width {HIDDEN}, video-like embeddings"
+PIPELINES = ("framefusion", "framefusion_official", "fastv")
+COLOURS = ("#0072B2", "#009E73", "#D55E00")
+SETTINGS = (
+    (20, torch.float32, (0.1, 0.3, 0.5, 0.7), 3),
+    (40, torch.float32, (0.3,), 3),
+    (20, torch.bfloat16, (0.3,), 2),
+    (40, torch.bfloat16, (0.3,), 1),
+)
+"""Frames, dtype, budgets, turns. This CPU multiplies bf16 matrices in software, eight times slower than fp32."""
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Dense and each pipeline in turns, at each setting."""
+    rows: list[Row] = []
+    settings = ((6, torch.float32, (0.3, 0.5), 2),) if options.quick else SETTINGS
+    for frames, dtype, budgets, repeats in settings:
+        rows += _setting(frames, dtype, budgets, repeats)
+    return {"layers": LAYERS, "rows": rows}
+
+
+def _setting(frames: int, dtype: torch.dtype, budgets: tuple[float, ...], repeats: int) -> list[Row]:
+    model = decoder(LAYERS, dtype=dtype)
+    embeds, layout = video(frames, dtype=dtype)
+    traces: dict[tuple[str, float], tr.Trace] = {}
+
+    def prefill() -> None:
+        with torch.inference_mode():
+            model(inputs_embeds=embeds, logits_to_keep=1)
+
+    def reduced(name: str, budget: float) -> None:
+        with tr.reduce(model, name, budget=budget, layout=layout) as run:
+            prefill()
+            traces[name, budget] = run.trace
+
+    arms = {(name, budget): (lambda name=name, b=budget: reduced(name, b)) for budget in budgets for name in PIPELINES}
+    labelled = {"dense": prefill} | {f"{name} {budget}": arm for (name, budget), arm in arms.items()}
+    # A turn of bf16 takes minutes: there the fp32 settings before it were the warm-up.
+    seconds = take_turns(labelled, repeats, warmup=1 if dtype == torch.float32 else 0)
+    shape, n = DecoderShape.from_config(model.config), embeds.shape[1]
+    rows = []
+    for name, budget in arms:
+        trace = traces[name, budget]
+        attn = [int(layer.tokens) for layer in trace.layers]
+        ffn = [int(layer.ffn_tokens) for layer in trace.layers]
+        predicted = {
+            form: prefill_flops(shape, [n] * LAYERS, [n] * LAYERS, form=form)
+            / (prefill_flops(shape, attn, ffn, form=form) + trace.selector_flops)
+            for form in ("causal", "exact")
+        }
+        measured = paired_ratio(seconds["dense"], seconds[f"{name} {budget}"])
+        rows.append(
+            {
+                "tokens": n, "dtype": str(dtype).removeprefix("torch."), "budget": budget, "pipeline": name,
+                "measured": measured, "predicted": predicted, "reached": measured["median"] / predicted["causal"],
+                "dense_seconds": summary(seconds["dense"]), "seconds": summary(seconds[f"{name} {budget}"]),
+            }
+        )  # fmt: skip
+        print(
+            f"  N={n} {dtype} C={budget} {name}: {spread(measured)}×, {predicted['causal']:.2f}× predicted", flush=True
+        )
+    return rows
+
+
+def section(data: dict[str, Any], docs: Path) -> list[str]:
+    """The table, and speed-up against budget."""
+    cells = [
+        (
+            f"{row['tokens']:,}", row["dtype"], row["budget"], row["pipeline"], f"{row['dense_seconds']['median']:.1f}",
+            f"{row['seconds']['median']:.1f}", f"{spread(row['measured'])}×", row["measured"]["runs"],
+            f"{row['predicted']['causal']:.2f}×", f"**{row['reached']:.2f}**", f"{row['predicted']['exact']:.2f}×",
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
+    columns = ("N", "dtype", "C", "pipeline", "dense s", "reduced s", "measured", "turns", "predicted")
+    first = data["rows"][0]
+    curve = [row for row in data["rows"] if (row["dtype"], row["tokens"]) == (first["dtype"], first["tokens"])]
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axis = figure.add_subplot()
+    for colour, name in zip(COLOURS, PIPELINES, strict=True):
+        points = sorted(
+            (r["budget"], r["measured"]["median"], r["predicted"]["causal"]) for r in curve if r["pipeline"] == name
+        )
+        axis.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=f"{name}, measured")
+        axis.plot([p[0] for p in points], [p[2] for p in points], "x:", color=colour, label=f"{name}, predicted")
+    axis.set(xlabel="relative token budget C", ylabel="prefill speed-up over dense", ylim=(0, None))
+    axis.set_title(f"{data['layers']} layers, width {HIDDEN}, N = {first['tokens']:,}, {first['dtype']}")
+    axis.grid(color="#dddddd")
+    axis.legend(fontsize=8)
+    figure.savefig(docs / "benchmarks_prefill.png")
+    return [
+        "The prediction is the ratio of FLOPs, with attention as causal kernels compute it (half of the square) and the",
+        "selector's own FLOPs counted; `full squares` is what FlopCounterMode would say.",
+        "",
+        *table((*columns, "measured ÷ predicted", "full squares"), cells),
+        "",
+        "![Prefill speed-up against budget](benchmarks_prefill.png)",
+    ]
