@@ -190,10 +190,12 @@ def test_everything_with_everything(name: str, family: str, prompt: str, dtype: 
     if attention == "eager" and prompt == "ragged":
         dtype = torch.float32  # See CONDITIONS.
     expected = known(name, prompt, attention, family)
-    subject = model(family, dtype, attention)
     if dtype != torch.float64 and expected.margin < 1e-5:
         dtype = torch.float64  # A decision this close may go the other way in float32.
-        subject = model(family, dtype, attention)
+        if attention == "eager" and prompt == "ragged":
+            attention = "sdpa"  # Transformers' eager attention is NaN there without a pipeline too.
+            expected = known(name, prompt, attention, family)
+    subject = model(family, dtype, attention)
     logits, trace = prefill(subject, BY_NAME[name], prompt)
     # Eager attention rounds its softmax to float32 whatever the model's dtype, and blocks of keys round differently.
     tolerance = TOLERANCE[torch.float32 if attention == "eager" else dtype]

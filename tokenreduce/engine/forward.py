@@ -229,9 +229,15 @@ class Forward:
             return attend_by_position(
                 base, module, query, key, value, held, position, self.implementation, SPAN_BLOCK, kwargs
             )
-        starts = [query.shape[2] - self.draft - len(sequence) for sequence in self.sequences]
-        if any(starts) and key.shape[2] == query.shape[2] and self.implementation == "sdpa" and _plain(kwargs):
-            return attend_by_row(base, module, query, key, value, starts, kwargs)
+        if (
+            self.index is not None
+            and key.shape[2] == query.shape[2]
+            and self.implementation == "sdpa"
+            and _plain(kwargs)
+        ):
+            starts = [query.shape[2] - self.draft - len(sequence) for sequence in self.sequences]
+            if any(starts):
+                return attend_by_row(base, module, query, key, value, starts, kwargs)
         if self.index is not None or (held is not None and held.reduced):
             mask = self._mask(query, key.shape[-2], held)
         return base(module, query, key, value, mask, **kwargs)
