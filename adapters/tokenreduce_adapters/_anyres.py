@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.image_processing_utils import select_best_resolution
 
 from tokenreduce.adapter import Prompt
 from tokenreduce_adapters._runs import Kind, Medium, Places, VisionAdapter, encoded_features, image_places
@@ -27,6 +26,9 @@ class AnyresAdapter(VisionAdapter):
 
     def grid(self, config: Any, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the tiled part of an image of `size` (height, width) pixels, without newlines."""
+        # Costs seconds, which commands that only list plugins need not spend.
+        from transformers.image_processing_utils import select_best_resolution
+
         side, pixels = tower_side(config), config.vision_config.image_size
         best_height, best_width = select_best_resolution(size, config.image_grid_pinpoints)
         rows, columns = best_height // pixels * side, best_width // pixels * side
