@@ -14,7 +14,7 @@ from tokenreduce.engine.kv import plan_kv
 from tokenreduce.engine.parallel import over_ranks, total_heads
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
-from tokenreduce.engine.tap import Attention, attend_by_position, attend_by_row, causal_mask
+from tokenreduce.engine.tap import Attention, RowSums, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
 from tokenreduce.ops.attention import importance, importance_flops
 from tokenreduce.reduction import Reduction
@@ -57,7 +57,7 @@ class Forward:
         self.rotary: tuple[Tensor, ...] | None = None
         self.gathered: tuple[Tensor, ...] | None = None
         self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
-        self.attention: tuple[int, Tensor, Tensor, float] | None = None
+        self.attention: tuple[int, Tensor, Tensor, float, RowSums] | None = None
         # A row of text alone has no stages.
         self.reads = {site.order for s in sequences for run in s.conductor.runs for site in _reads(run)}
         self.kv_sites = any(site.kind == "kv" for s in sequences for run in s.conductor.runs for site in run.sites)
@@ -216,12 +216,13 @@ class Forward:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `layer` with the mask that its tokens need."""
         held = self.layers[layer] if self.layers else None
+        known = RowSums()
         if 3 * layer + 2 in self.reads or 3 * layer + 3 in self.reads:
             refused = [name for name in REFUSED_ATTENTION if kwargs.get(name) is not None]
             if refused:
                 raise UnsupportedError(f"importance is not defined here for attention with {', '.join(refused)}")
             scale = kwargs.get("scaling")
-            self.attention = (layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale))
+            self.attention = (layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), known)
         if held is not None and held.seen[0] is not None:
             position = self._query_positions(held, query)
             if self.implementation not in ("sdpa", "eager"):
@@ -229,6 +230,8 @@ class Forward:
             return attend_by_position(
                 base, module, query, key, value, held, position, self.implementation, SPAN_BLOCK, kwargs
             )
+        if self.attention is not None and self.attention[0] == layer and self.implementation == "sdpa":
+            base = known.around(base)
         if (
             self.index is not None
             and key.shape[2] == query.shape[2]
@@ -269,9 +272,10 @@ class Forward:
     def importance(self, sequence: Sequence, queries: Queries, heads: Heads) -> Tensor:
         """(n,) attention that the tokens of `sequence` receive in the last attention that ran."""
         assert self.attention is not None
-        layer, query, key, scale = self.attention
+        layer, query, key, scale, known = self.attention
         n = len(sequence.attended)
-        q = query[sequence.row, :, self.here(n, query.shape[2])]
+        places = self.here(n, query.shape[2])
+        q = query[sequence.row, :, places]
         k = key[sequence.row]
         held = self.layers[layer] if self.layers else None
         if held is not None and held.valid is not None:
@@ -280,7 +284,10 @@ class Forward:
             k = k[:, self.here(n, k.shape[1]).start :]
         k = k[:, : k.shape[1] - self.draft]
         rows = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
-        scores = importance(q, k, scale, rows, heads)[k.shape[1] - n :]
+        lse = known.lse(query.shape[0], query.shape[2])
+        if lse is not None:
+            lse = lse[sequence.row, :, places]
+        scores = importance(q, k, scale, rows, heads, lse)[k.shape[1] - n :]
         all_heads = total_heads(q.shape[0], self.config, self.group)
         if all_heads != q.shape[0]:
             scores = over_ranks(scores, heads, q.shape[0] / all_heads, self.group)

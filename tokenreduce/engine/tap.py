@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -50,6 +51,46 @@ def _tap(implementation: str) -> Attention:
         return forward.attend(layer, base, module, query, key, value, attention_mask, kwargs)  # type: ignore[no-any-return]
 
     return attention
+
+
+class RowSums(TorchDispatchMode):
+    """Keeps the log-sum-exp of each row of scores, which flash attention on a CPU computes beside its output.
+
+    The output is the very one that would have come without.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Tensor] = []
+
+    def around(self, base: Attention) -> Attention:
+        """`base`, watched. A compiled forward knows no such modes."""
+
+        def attention(module: torch.nn.Module, query: Tensor, *arguments: Any, **kwargs: Any) -> Any:
+            if query.device.type != "cpu" or torch.compiler.is_compiling():
+                return base(module, query, *arguments, **kwargs)
+            with self:
+                return base(module, query, *arguments, **kwargs)
+
+        return attention
+
+    def lse(self, rows: int, count: int) -> Tensor | None:
+        """(rows, H, count) float32 or float64, zero on padding; None where another kernel ran."""
+        if len(self.parts) == 1 and self.parts[0].shape[0] == rows:
+            return self.parts[0]
+        if len(self.parts) != rows:
+            return None
+        return torch.cat([torch.nn.functional.pad(part, (count - part.shape[2], 0)) for part in self.parts])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            # In inference mode it arrives whole.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.parts.append(out[1])
+        return out
 
 
 def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, valid: Tensor | None) -> Tensor | None:

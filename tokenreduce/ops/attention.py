@@ -6,44 +6,118 @@ last n keys belonging to the n queries. They return float32, or float64 for floa
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 21
-"""Scores held at once: 8 MiB of float32, which stay in the cache."""
+"""Scores that all heads have for the queries of one block: 8 MiB of float32, which stay in the cache."""
+BLOCK_QUERIES = 32
+"""Least queries of a block: with fewer, a long sequence's keys are read from memory more often than they are used."""
+TILE_QUERIES, TILE_ELEMENTS = 64, 1 << 20
+"""Queries, and scores of one group of heads, in a tile where the rows' log-sum-exp is known."""
 
 
-def importance(q: Tensor, k: Tensor, scale: float, queries: int, heads: str = "mean") -> Tensor:
+@torch.no_grad()
+def importance(
+    q: Tensor, k: Tensor, scale: float, queries: int, heads: str = "mean", lse: Tensor | None = None
+) -> Tensor:
     """(m,) attention each key receives from the last `queries` queries, summed over them, then mean or max over heads.
 
     queries = 1 is the last row (the released FrameFusion, FastV); queries = n the cumulative importance of FrameFusion §3.1.
+    lse: (H, n) log-sum-exp of each query's scores, where the attention has computed it: then no row needs to be whole.
+    Beyond its result it holds one block of scores, O(H·m). Has no gradient.
+    """
+    sums = _gpu_sums(q, k, scale, queries) if q.is_cuda else None
+    if sums is None:
+        sums = column_sums(q, k, scale, queries, lse)
+    return sums.amax(0) if heads == "max" else sums.mean(0)
+
+
+def column_sums(q: Tensor, k: Tensor, scale: float, queries: int, lse: Tensor | None = None) -> Tensor:
+    """(H, m) `importance` of each head, in plain torch; the oracle of the GPU kernel.
+
+    In half precision the scores are computed in float32: that is as exact as the attention kernels, and without special
+    hardware also many times faster than a product of bfloat16.
     """
     total_heads, n, width = q.shape
     groups, m, _ = k.shape
     share = total_heads // groups
     exact = torch.promote_types(q.dtype, torch.float32)
+    block, tile = _block(total_heads, m, queries), m
+    if lse is not None:
+        block = min(queries, TILE_QUERIES)
+        tile = min(m, max(1, TILE_ELEMENTS // (share * block)))
     grouped = q.view(groups, share, n, width)
-    transposed = k.transpose(-1, -2)
+    # exp2 is twice as fast as exp.
+    unit = scale if lse is None else scale * math.log2(math.e)
+    shift = None if lse is None else (lse.to(exact) * math.log2(math.e)).view(groups, share, n)
     sums = torch.zeros(groups, share, m, dtype=exact, device=q.device)
-    block = max(1, min(queries, BLOCK_ELEMENTS // max(total_heads * m, 1)))
-    for first in range(n - queries, n, block):
-        last = min(first + block, n)
-        seen = m - n + last
-        rows = grouped[:, :, first:last].reshape(groups, share * (last - first), width)
-        scores = (
-            torch.matmul(rows, transposed[..., :seen]).to(exact).mul_(scale).view(groups, share, last - first, seen)
-        )
-        future = torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu_(1)
-        scores[..., seen - (last - first) :].masked_fill_(future, -torch.inf)
-        sums[..., :seen] += scores.softmax(-1).sum(2)
-    return sums.amax((0, 1)) if heads == "max" else sums.mean((0, 1))
+    buffer = torch.empty(share * block * tile, dtype=exact, device=q.device)
+    future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu_(1)
+    for group in range(groups):
+        keys = k[group].to(exact).T
+        for first in range(n - queries, n, block):
+            last = min(first + block, n)
+            count, before = last - first, m - n + first
+            rows = grouped[group, :, first:last].reshape(share * count, width).to(exact) * unit
+            for left in range(0, before + count, tile):
+                right = min(left + tile, before + count)
+                held = buffer[: len(rows) * (right - left)].view(len(rows), right - left)
+                scores = held.view(share, count, right - left)
+                if shift is None:
+                    torch.mm(rows, keys[:, left:right], out=held)
+                else:
+                    known = shift[group, :, first:last].reshape(-1, 1).expand_as(held)
+                    torch.addmm(known, rows, keys[:, left:right], beta=-1, out=held)
+                if right > before:
+                    start = max(left, before)
+                    hidden = future[:count, start - before : right - before]
+                    scores[..., start - left :].masked_fill_(hidden, -torch.inf)
+                if shift is None:
+                    torch.softmax(held, -1, out=held)
+                else:
+                    held.exp2_()
+                sums[group, :, left:right] += scores.sum(1)
+    return sums.view(total_heads, m)
 
 
 def importance_flops(heads: int, width: int, n: int, m: int, queries: int) -> int:
-    """Multiply-adds × 2 that `importance` spends on scores (the softmax is not counted)."""
-    block = max(1, min(queries, BLOCK_ELEMENTS // max(heads * m, 1)))
+    """Multiply-adds × 2 that `importance` spends on scores without `lse` (the softmax is not counted)."""
+    block = _block(heads, m, queries)
     total = 0
     for first in range(n - queries, n, block):
         last = min(first + block, n)
         total += 2 * heads * width * (last - first) * (m - n + last)
     return total
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels, None where Triton is not installed."""
+    try:
+        from tokenreduce.ops import attention_triton
+    except ImportError:
+        return None
+    return attention_triton
+
+
+def _gpu_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor | None:
+    """`column_sums` by the Triton kernels; None, after a warning, where they do not run: then plain torch has to do."""
+    kernels = _kernels()
+    if kernels is None or q.dtype not in kernels.DTYPES or q.shape[-1] > kernels.MAX_WIDTH:
+        return None
+    try:
+        return kernels.column_sums(q, k, scale, queries)  # type: ignore[no-any-return]
+    except Exception as error:
+        warnings.warn(f"importance is computed in plain torch: its GPU kernel failed: {error!r}", stacklevel=2)
+        return None
+
+
+def _block(heads: int, m: int, queries: int) -> int:
+    """Queries of a block of whole rows."""
+    return max(1, min(queries, max(BLOCK_QUERIES, BLOCK_ELEMENTS // max(heads * m, 1))))
