@@ -154,6 +154,20 @@ def matrix(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.stack(rows)
 
 
+def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """(H, n) float64: of each row's scores, as attention kernels compute it."""
+    n, m = q.shape[1], k.shape[1]
+    scores = q.double() @ k.double().repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * scale
+    return scores.masked_fill(torch.ones(n, m, dtype=torch.bool).triu(m - n + 1), -math.inf).logsumexp(-1)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    monkeypatch.setattr(attention_ops, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(attention_ops, "BLOCK_QUERIES", 1)
+    monkeypatch.setattr(attention_ops, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(attention_ops, "TILE_QUERIES", 1 + elements // 100)
+
+
 @pytest.mark.parametrize("block", [1, 300, 1 << 22])
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (17, 17), (5, 30)])
@@ -161,24 +175,42 @@ def matrix(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def test_importance_is_a_column_sum_of_the_softmax(
     block: int, heads: str, n: int, m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_ops, "BLOCK_ELEMENTS", block)
+    small_blocks(monkeypatch, block)
     torch.manual_seed(n)
     q, k = torch.randn(4, n, 8, dtype=dtype), torch.randn(2, m, 8, dtype=dtype)
-    weights = matrix(q, k, 0.4)
+    weights, lse = matrix(q, k, 0.4), log_sum_exp(q, k, 0.4).to(dtype)
     for queries in {1, (n + 1) // 2, n}:
         summed = weights[:, n - queries :].sum(1)
         expected = summed.amax(0) if heads == "max" else summed.mean(0)
-        got = importance(q, k, 0.4, queries, heads)
-        assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), expected, atol=1e-12 if dtype == torch.float64 else 1e-5, rtol=0)
-        assert float(importance(q, k, 0.4, queries).sum()) == pytest.approx(queries, rel=1e-5)
+        for known in (None, lse):
+            got = importance(q, k, 0.4, queries, heads, known)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), expected, atol=1e-12 if dtype == torch.float64 else 1e-5, rtol=0)
+            assert float(importance(q, k, 0.4, queries, lse=known).sum()) == pytest.approx(queries, rel=1e-5)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    """Scores of some thousands, and one key that takes everything."""
+    q, k = torch.randn(2, 40, 8) * 60, torch.randn(2, 40, 8) * 60
+    expected = matrix(q, k, 1.0).sum(1).mean(0)
+    for known in (None, log_sum_exp(q, k, 1.0).float()):
+        # A float32 score of 4096 is known to 2.4e-4 of its unit.
+        torch.testing.assert_close(importance(q, k, 1.0, 40, lse=known).double(), expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_half_precision_are_not_rounded(dtype: torch.dtype) -> None:
+    q, k = torch.randn(4, 50, 16).to(dtype), torch.randn(2, 50, 16).to(dtype)
+    expected = matrix(q, k, 1.0).sum(1).mean(0)
+    for known in (None, log_sum_exp(q, k, 1.0).float()):
+        torch.testing.assert_close(importance(q, k, 1.0, 50, lse=known).double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("block", [1, 500, 1 << 22])
 def test_importance_flops_are_what_torch_counts(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr(attention_ops, "BLOCK_ELEMENTS", block)
+    small_blocks(monkeypatch, block)
     q, k = torch.randn(4, 23, 8), torch.randn(2, 40, 8)
     for queries in (1, 10, 23):
         with FlopCounterMode(display=False) as counter:
