@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_later_turns import FIRST, turns
-from tiny import forward, layout, prompt, tiny_model
+from tiny import BEFORE, FRAMES, PER_FRAME, forward, layout, prompt, tiny_model
 from torch import Tensor
 
 import tokenreduce as tr
@@ -61,7 +61,7 @@ def test_sharing_changes_no_bit_of_the_output(name: str, monkeypatch: pytest.Mon
     logits, source = outcome(PIPELINES[name])
     assert spy.shared
     assert all(spy.shared)
-    monkeypatch.setattr(forward_module, "shares_rows", lambda *_: False)
+    monkeypatch.setattr(forward_module.RowSums, "around", lambda _, base: base)
     spy.shared.clear()
     plain, where = outcome(PIPELINES[name])
     assert spy.shared
@@ -76,6 +76,30 @@ def test_a_stage_that_keeps_all_changes_no_bit(monkeypatch: pytest.MonkeyPatch) 
     logits, _ = outcome(everything)
     assert spy.shared == [True, True]
     assert torch.equal(logits, forward(tiny_model(), ids=prompt(2, rows=2), use_cache=False))
+
+
+def test_rows_that_attend_one_by_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a merge that left rows of a batch unequally long, they attend without a mask."""
+    spy = Spy(monkeypatch, 1e-5)
+    merge = {"strategy": "similarity_merge", "at": 0, "site": "pre_attention", "threshold": 0.9}
+    prune = {"strategy": "importance_prune", "at": 2, "keep": 0.5}
+    ids = prompt(2, rows=2)
+    ids[1, BEFORE : BEFORE + FRAMES * PER_FRAME] = ids[1, BEFORE]
+    model, lengths = tiny_model(), []
+    real = forward_module.attend_by_row
+    monkeypatch.setattr(forward_module, "attend_by_row", lambda *given: lengths.append(given[5]) or real(*given))
+    with tr.reduce(model, {"name": "r", "stages": [merge, prune]}, layout=layout().expand(2)) as run:
+        ours = forward(model, ids=ids, use_cache=False)
+        assert run.trace.layers[2].tokens.unique().numel() == 2
+    assert lengths
+    assert spy.shared == [True, True]
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        tr.reduce(model, {"name": "r", "stages": [merge, prune]}, layout=layout().expand(2)),
+    ):
+        theirs = forward(model, ids=ids, use_cache=False)
+    assert spy.shared == [True, True, False, False]
+    torch.testing.assert_close(ours[:, -1], theirs[:, -1], atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -216,12 +216,13 @@ class Forward:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `layer` with the mask that its tokens need."""
         held = self.layers[layer] if self.layers else None
-        known = RowSums()
+        watched = base
         if 3 * layer + 2 in self.reads or 3 * layer + 3 in self.reads:
             refused = [name for name in REFUSED_ATTENTION if kwargs.get(name) is not None]
             if refused:
                 raise UnsupportedError(f"importance is not defined here for attention with {', '.join(refused)}")
-            scale = kwargs.get("scaling")
+            scale, known = kwargs.get("scaling"), RowSums()
+            watched = known.around(base) if self.implementation == "sdpa" else base
             self.attention = (layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), known)
         if held is not None and held.seen[0] is not None:
             position = self._query_positions(held, query)
@@ -230,8 +231,6 @@ class Forward:
             return attend_by_position(
                 base, module, query, key, value, held, position, self.implementation, SPAN_BLOCK, kwargs
             )
-        if self.attention is not None and self.attention[0] == layer and self.implementation == "sdpa":
-            base = known.around(base)
         if (
             self.index is not None
             and key.shape[2] == query.shape[2]
@@ -240,10 +239,10 @@ class Forward:
         ):
             starts = [query.shape[2] - self.draft - len(sequence) for sequence in self.sequences]
             if any(starts):
-                return attend_by_row(base, module, query, key, value, starts, kwargs)
+                return attend_by_row(watched, module, query, key, value, starts, kwargs)
         if self.index is not None or (held is not None and held.reduced):
             mask = self._mask(query, key.shape[-2], held)
-        return base(module, query, key, value, mask, **kwargs)
+        return watched(module, query, key, value, mask, **kwargs)
 
     def _query_positions(self, held: TokenLayer, query: Tensor) -> Tensor:
         """(B, q): positions of the queries, −1 on padding: they are the newest tokens of their rows."""
@@ -284,9 +283,7 @@ class Forward:
             k = k[:, self.here(n, k.shape[1]).start :]
         k = k[:, : k.shape[1] - self.draft]
         rows = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
-        lse = known.lse(query.shape[0], query.shape[2])
-        if lse is not None:
-            lse = lse[sequence.row, :, places]
+        lse = known.lse(query, sequence.row, places)
         scores = importance(q, k, scale, rows, heads, lse)[k.shape[1] - n :]
         all_heads = total_heads(q.shape[0], self.config, self.group)
         if all_heads != q.shape[0]:

@@ -53,34 +53,41 @@ def _tap(implementation: str) -> Attention:
     return attention
 
 
-class RowSums(TorchDispatchMode):
-    """Keeps the log-sum-exp of each row of scores, which flash attention on a CPU computes beside its output.
+class RowSums:
+    """The log-sum-exp of each row of scores, which flash attention on a CPU computes beside its output.
 
-    The output is the very one that would have come without.
-    """
+    The output is the very one that would have come without."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.parts: list[Tensor] = []
 
     def around(self, base: Attention) -> Attention:
-        """`base`, watched. A compiled forward knows no such modes."""
+        """`base`, watched. A compiled forward knows no dispatch modes."""
 
         def attention(module: torch.nn.Module, query: Tensor, *arguments: Any, **kwargs: Any) -> Any:
             if query.device.type != "cpu" or torch.compiler.is_compiling():
                 return base(module, query, *arguments, **kwargs)
-            with self:
+            with _Watch(self.parts):
                 return base(module, query, *arguments, **kwargs)
 
         return attention
 
-    def lse(self, rows: int, count: int) -> Tensor | None:
-        """(rows, H, count) float32 or float64, zero on padding; None where another kernel ran."""
-        if len(self.parts) == 1 and self.parts[0].shape[0] == rows:
-            return self.parts[0]
-        if len(self.parts) != rows:
+    def lse(self, query: Tensor, row: int, places: slice) -> Tensor | None:
+        """(H, n) of the queries (B, H, q, d) at `places` of `row`; None where another kernel ran."""
+        if len(self.parts) == 1 and len(self.parts[0]) == len(query):
+            part = self.parts[0][row]
+        elif len(self.parts) == len(query):
+            part = self.parts[row][0]
+        else:
             return None
-        return torch.cat([torch.nn.functional.pad(part, (count - part.shape[2], 0)) for part in self.parts])
+        padding = query.shape[2] - part.shape[1]
+        return part[:, places.start - padding : places.stop - padding]
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, parts: list[Tensor]) -> None:
+        super().__init__()
+        self.parts = parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.scaled_dot_product_attention.default:
