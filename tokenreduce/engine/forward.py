@@ -91,6 +91,8 @@ class Forward:
                         hidden, changed = left, True
                 self.record(sequence, run, site, decision, before, len(sequence), merged)
             rows.append(hidden)
+        if site.order + 1 not in self.reads:
+            self.attention = None  # No stage will read it: as many bytes as the residual stream.
         if changed and self.draft:
             rows = [torch.cat([row, x[s.row, -self.draft :]]) for row, s in zip(rows, self.sequences, strict=True)]
         return self._pack(rows) if changed else None
