@@ -173,3 +173,61 @@ def test_plan_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(png) in capsys.readouterr().out
     with Image.open(png) as image:
         assert image.size[0] > 400
+
+
+def test_plan_finds_the_longest_video_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "framefusion", "fastv", "--json", "--memory"]
+    frames: dict[str, list[int]] = {"dense": [], "framefusion": [], "fastv": []}
+    for memory in ("15.2GiB", "16GiB", "18GiB", "40GiB"):
+        assert main([*arguments, memory]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for name, row in found["plans"].items():
+            frames[name].append(row["frames_by_memory"])
+            assert row["total"] == sum(row[part] for part in ("weights", "inputs", "kv", "activations"))
+            assert row["total"] <= found["memory"]
+            if row["limit"] == "memory":
+                assert row["needed"] > found["memory"]
+            else:
+                # LLaVA-Video's 32,768 positions are 155 frames, whatever is merged.
+                assert (row["limit"], row["frames"]) == ("positions", 155)
+                assert row["frames_by_memory"] > 155
+    assert all(rows == sorted(rows) for rows in frames.values())
+    assert all(a <= b for name in ("framefusion", "fastv") for a, b in zip(frames["dense"], frames[name], strict=True))
+    assert frames["dense"][0] < frames["framefusion"][0]
+
+
+def test_plan_says_what_ends_the_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "framefusion", "--memory", "18GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "memory: one more frame takes 18.0" in out
+    assert "positions (32,768); memory at" in out
+    # An amount of tokens is out of reach for a long video: the layers before FastV acts hold more.
+    file = tmp_path / "amount.yaml"
+    file.write_text("name: amount\nbudget: {tokens: 2000}\nstages:\n  - strategy: fastv\n")
+    assert main(["plan", str(file), "--memory", "80GiB", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["plans"]["amount"]
+    assert row["limit"] == "budget"
+    later = 26 * (34 + 1)
+    assert row["tokens"] * 2 + later <= 2000 * 28 < (row["tokens"] + 210) * 2 + later
+    # A share is out of reach for a short one, where the text weighs more.
+    assert main(["plan", "fastv", "--memory", "16GiB", "--budget", "0.08", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"]["fastv"]["frames"] > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--memory", "24"], "such as 24GiB"),
+        (["--memory", "24 gigs"], "such as 24GiB"),
+        (["--memory=-1GiB"], "such as 24GiB"),
+        (["--memory", "0GiB"], "above 0"),
+        (["--memory", "24GiB", "--frames", "64"], "leave out --frames"),
+        (["--memory", "24GiB", "--output", "plan.png"], "leave out --frames and --output"),
+        (["--memory", "12GiB"], "weights alone take 14.96 GiB in bfloat16"),
+        (["--memory", "14.96GiB"], "with one frame 15.00 GiB"),
+        (["--memory", "24GiB", "--dtype", "bfloat"], "did you mean 'bfloat16'"),
+        (["--memory", "24GiB", "--budget", "0.01"], "smallest feasible"),
+    ],
+)
+def test_bad_memory(capsys: pytest.CaptureFixture[str], arguments: list[str], part: str) -> None:
+    assert part in fails(capsys, "plan", "fastv", *arguments)

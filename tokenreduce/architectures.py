@@ -12,6 +12,7 @@ import yaml
 
 from tokenreduce.cost import DecoderShape
 from tokenreduce.errors import BudgetError, UnsupportedError, nearest
+from tokenreduce.memory import decoder_parameters
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FALLBACK = "llava-video-7b"
@@ -34,6 +35,10 @@ class Architecture:
         checkpoint: its name on the Hugging Face hub.
         model_types: `model_type` of configs that are planned with this model's input.
         note: one line to show beside the plan, "" if there is nothing to say.
+        positions: the most tokens it was made for, None if unknown.
+        vision_parameters: parameters outside the decoder: vision tower and projector.
+        tied: the LM head is the embedding.
+        parameters: of everything, where they were counted; None to work them out from the shape.
     """
 
     name: str
@@ -47,6 +52,10 @@ class Architecture:
     checkpoint: str = ""
     model_types: list[str] = field(default_factory=list)
     note: str = ""
+    positions: int | None = None
+    vision_parameters: int = 0
+    tied: bool = False
+    parameters: int | None = None
 
     @property
     def dtype_bytes(self) -> int:
@@ -67,6 +76,32 @@ class Architecture:
     def tokens(self, frames: int | None = None) -> int:
         """Length N of the whole input, text included."""
         return self.text_tokens + self.vision_tokens(frames)
+
+    def with_dtype(self, dtype: str) -> Architecture:
+        """The same in another dtype. UnsupportedError if it is unknown."""
+        if dtype not in DTYPE_BYTES:
+            raise UnsupportedError(f"unknown dtype '{dtype}'{nearest(dtype, DTYPE_BYTES)}")
+        return replace(self, dtype=dtype)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, none of them quantised. BudgetError where neither a count nor the shape tells."""
+        if self.parameters is not None:
+            return self.parameters * self.dtype_bytes
+        return (decoder_parameters(self.shape, self.tied) + self.vision_parameters) * self.dtype_bytes
+
+    def counted(self) -> Architecture:
+        """This, with `parameters` of the model that its config.json describes: built on the meta device, without memory.
+
+        Where transformers has no such model the vision tower is taken to be that of the known one; the note says so.
+        """
+        if self.name in _known():
+            return self
+        total = _count(Path(self.name), self.shape)
+        tower = (
+            f"a vision tower of {self.vision_parameters / 1e6:.0f} M" if self.vision_parameters else "no vision tower"
+        )
+        how = "all weights counted" if total else f"weights from the decoder's shape, and {tower}"
+        return replace(self, parameters=total, note=f"{self.note}; {how}")
 
 
 @cache
@@ -102,6 +137,7 @@ def _from_config(path: Path) -> Architecture:
     shape = DecoderShape.from_config(path)
     file = path / "config.json" if path.is_dir() else path
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
     family = config.get("model_type")
     like = next((arch for arch in _known().values() if family in arch.model_types), None)
     base = like or _known()[FALLBACK]
@@ -116,4 +152,28 @@ def _from_config(path: Path) -> Architecture:
         checkpoint="",
         model_types=[family] if family else [],
         note=note,
+        positions=text.get("max_position_embeddings"),
+        vision_parameters=like.vision_parameters if like else 0,
+        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
     )
+
+
+def _count(path: Path, shape: DecoderShape) -> int | None:
+    """Parameters of transformers' model for a config.json; None where it has none, or one with another decoder."""
+    import torch
+    import transformers
+
+    file = path / "config.json" if path.is_dir() else path
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    kind = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+    config_class = getattr(kind, "config_class", None)
+    if kind is None or config_class is None:
+        return None
+    try:
+        with torch.device("meta"):
+            model = kind(config_class.from_dict(config))
+        if DecoderShape.from_config(model.config) != shape:
+            return None
+    except Exception:  # each model class has its own kinds; without a count the plan goes by the shape
+        return None
+    return sum(int(parameter.numel()) for parameter in model.parameters())

@@ -187,32 +187,6 @@ def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], dtype_bytes: 
     return 2 * shape.kv_heads * shape.head_dim * sum(tokens_per_layer) * dtype_bytes
 
 
-def activation_bytes(
-    shape: DecoderShape,
-    attn: Sequence[int],
-    ffn: Sequence[int],
-    dtype_bytes: int,
-    head_tokens: int = 1,
-    *,
-    eager: bool = False,
-) -> int:
-    """Estimated peak of a prefill's temporary tensors, in bytes; weights and KV cache are counted elsewhere.
-
-    The largest over the layers of what lives at once: the layer's input, the residual stream, its norm and the rotary
-    tables, beside either the attention's queries, keys, values and output, or the FFN's gate, up and product (without a
-    gate: up and activation). With `eager`, also the N × N scores of each head: twice in the attention, once until the
-    layer ends. The LM head's logits count as a layer of their own. Kernels that fuse or allocate workspace differ: take
-    it for a ratio between plans.
-    """
-    stream = 3 * shape.hidden + 2 * shape.head_dim
-    qkvo = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-    wide = (3 if shape.gated else 2) * shape.ffn
-    scores = [shape.heads * a * a if eager else 0 for a in attn]
-    peaks = [a * (stream + qkvo) + 2 * s for a, s in zip(attn, scores, strict=True)]
-    peaks += [f * (stream + wide) + s for f, s in zip(ffn, scores, strict=True)]
-    return max(*peaks, head_tokens * (shape.hidden + shape.vocab)) * dtype_bytes
-
-
 def _known(form: str) -> None:
     if form not in FORMS:
         raise BudgetError(f"unknown form of FLOPs '{form}'{nearest(form, FORMS)}")

@@ -24,6 +24,10 @@ def plan(
         float,
         typer.Option(min=0, max=1, help="Share of tokens taken to be similar to the frame before at the first merge."),
     ] = 0.5,
+    memory: Annotated[
+        str | None, typer.Option(help="Such as 24GiB: say the longest video that fits, dense and with each pipeline.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of weights and KV cache. Default: the model's.")] = None,
     output: Annotated[Path | None, typer.Option(help="PNG to draw; must be new.")] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the PNG.")] = False,
@@ -34,6 +38,7 @@ def plan(
     Examples:
       tokenreduce plan framefusion --model llava-video-7b --frames 64
       tokenreduce plan fastv streaming_llm --model path/to/config.json --budget 0.2 --output plan.png
+      tokenreduce plan framefusion fastv --model llava-video-7b --memory 24GiB
     """
     from tokenreduce.architectures import architecture
     from tokenreduce.cli._output import print_json
@@ -43,11 +48,15 @@ def plan(
     if output is not None and output.exists() and not force:
         raise TokenReduceError(f"{output} exists; give another --output, or --force to overwrite it")
     arch = architecture(model)
-    plans = {}
-    for source in pipeline:
-        loaded = load_pipeline(source)
-        loaded = loaded if budget is None else loaded.with_budget(budget)
-        plans[loaded.name] = _forecast(loaded, arch, frames, similar)
+    arch = arch if dtype is None else arch.with_dtype(dtype)
+    loaded = [load_pipeline(source) for source in pipeline]
+    loaded = loaded if budget is None else [one.with_budget(budget) for one in loaded]
+    if memory is not None:
+        if frames is not None or output is not None:
+            raise TokenReduceError("--memory asks how many frames fit: leave out --frames and --output")
+        _largest(loaded, arch, memory, similar, json)
+        return
+    plans = {one.name: _forecast(one, arch, frames, similar) for one in loaded}
     if json:
         print_json({name: _data(account) for name, account in plans.items()})
     else:
@@ -76,6 +85,24 @@ def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, simila
     except TokenReduceError as error:
         raise type(error)(f"{pipeline.name} on {arch.name}: {error}") from None
     return account
+
+
+def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar: float, json: bool) -> None:
+    from tokenreduce.cli._plan_memory import Plan, dense, show
+    from tokenreduce.engine.schedule import read_later
+    from tokenreduce.memory import parse_bytes
+    from tokenreduce.pipeline import build
+
+    available, arch = parse_bytes(memory), arch.counted()
+    plans = {"dense": dense(arch)}
+    for one in pipelines:
+        later = read_later(build(one), arch.shape.layers)
+        plans[one.name] = Plan(
+            lambda frames, one=one: _forecast(one, arch, frames, similar),  # type: ignore[misc]
+            later,
+            one.budget is None or one.budget.relative,
+        )
+    show(arch, plans, available, similar, json)
 
 
 def _data(account: Account) -> dict[str, Any]:

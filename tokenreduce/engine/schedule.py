@@ -259,3 +259,11 @@ def check(strategies: Sequence[Strategy], account: Account) -> None:
     least = probe.cost(probe.attn, probe.ffn, probe.kv, probe.pairs)
     if least > probe.limit:
         raise probe.refusal(least)
+
+
+def read_later(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
+    """Layers whose queries outlive their attention, because a stage reads it before the attention of the next layer."""
+    readers = (strategy for strategy in strategies if strategy.capabilities.attention)
+    return frozenset(
+        site.layer - 1 for strategy in readers for site in strategy.schedule(depth) if site.kind == "pre_attention"
+    )
