@@ -88,7 +88,7 @@ def spread(values: Mapping[str, float], digits: int = 2, unit: str = "") -> str:
     return f"{values['median']:.{digits}f}{unit} ({values['min']:.{digits}f}–{values['max']:.{digits}f})"
 
 
-def in_fresh_process(module: str, *arguments: str) -> tuple[str, int]:
+def in_fresh_process(module: str, *arguments: str, **environment: str) -> tuple[str, int]:
     """Run `python -m module arguments` for its output and its peak resident memory in bytes (of this child alone)."""
     code = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
@@ -101,7 +101,7 @@ def in_fresh_process(module: str, *arguments: str) -> tuple[str, int]:
         text=True,
         check=False,
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     if child.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{child.stderr}")
