@@ -40,6 +40,9 @@ def similarity_merge(plan: Plan, stage: Stage, site: Site, look: Look) -> Choice
         for value in cosine.values():
             plan.margin = min(plan.margin, abs(value - threshold))
         merging = {i for i, value in cosine.items() if value >= threshold}
+        if config.get("max_run"):
+            span = [token.frame // config["max_run"] for token in look.tokens]
+            merging = {i for i in merging if span[i] == span[found[i][0]]}
         below = len(merging) < config.get("stop_below", 0.1) * reducible
         if plan.budget is not None and reducible - len(merging) <= plan.room(stage, site, look, "bound"):
             allowed = reducible - min(plan.room(stage, site, look, "merge"), reducible)

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tokenreduce.budget import Budget
     from tokenreduce.engine.attach import Run, attach, detach, reduce
+    from tokenreduce.engine.stream import Stream, stream
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.layout import TokenLayout
     from tokenreduce.models import load_model, prepare
@@ -21,6 +22,7 @@ _HOME = {
     "Pipeline": "tokenreduce.pipeline",
     "Reduction": "tokenreduce.reduction",
     "Run": "tokenreduce.engine.attach",
+    "Stream": "tokenreduce.engine.stream",
     "TokenLayout": "tokenreduce.layout",
     "TokenReduceError": "tokenreduce.errors",
     "Trace": "tokenreduce.trace",
@@ -30,6 +32,7 @@ _HOME = {
     "load_pipeline": "tokenreduce.pipeline",
     "prepare": "tokenreduce.models",
     "reduce": "tokenreduce.engine.attach",
+    "stream": "tokenreduce.engine.stream",
 }
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "Pipeline",
     "Reduction",
     "Run",
+    "Stream",
     "TokenLayout",
     "TokenReduceError",
     "Trace",
@@ -46,6 +50,7 @@ __all__ = [
     "load_pipeline",
     "prepare",
     "reduce",
+    "stream",
 ]
 
 

@@ -122,10 +122,12 @@ class TokenLayout:
         return cls(slot=nothing, frame=nothing.clone())
 
     @classmethod
-    def video(cls, *, before: int, frames: int, per_frame: int, after: int) -> TokenLayout:
-        """One row: `before` text tokens, `frames` × `per_frame` vision tokens in time order, `after` text tokens."""
+    def video(cls, *, before: int, frames: int, per_frame: int, after: int, first_frame: int = 0) -> TokenLayout:
+        """One row: `before` text tokens, `frames` × `per_frame` vision tokens in time order, `after` text tokens.
+
+        first_frame: number of the first frame, where these are a later piece of a video."""
         tokens = torch.arange(frames * per_frame)
         text = [torch.full((n,), -1) for n in (before, after)]
         slot = torch.cat([text[0], tokens % per_frame, text[1]])[None]
-        frame = torch.cat([text[0], tokens // per_frame, text[1]])[None]
+        frame = torch.cat([text[0], tokens // per_frame + first_frame, text[1]])[None]
         return cls(slot=slot, frame=frame)

@@ -28,7 +28,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from tokenreduce.errors import BudgetError, PipelineError
+from tokenreduce.errors import BudgetError, PipelineError, UnsupportedError
+from tokenreduce.ops.carry import Carry
 from tokenreduce.ops.topk import top_mask
 from tokenreduce.reduction import Reduction, Weighting
 
@@ -289,6 +290,20 @@ class Strategy(ABC):
 
         The default is for strategies that keep as many as they may: the stage's `keep`, else the budget's allowance."""
         return Outcome(self.keep_count(view) if self.capabilities.chooses_count else view.reducible_count)
+
+    def carry(self, depth: int) -> Carry | None:
+        """What the stage remembers between the chunks of a stream (`tokenreduce.stream`).
+
+        A Carry: it merges before layer 0, as the Carry does. None: at `kv` sites, each chunk can be decided by itself, as a later
+        turn is. UnsupportedError, the default, says why the stage must see the whole sequence.
+        """
+        if self.capabilities.attention:
+            raise self.cannot_stream("it ranks tokens by the attention of queries that have not come yet")
+        raise self.cannot_stream("it chooses among the tokens of the whole video")
+
+    def cannot_stream(self, reason: str) -> UnsupportedError:
+        """The error for `carry` to raise."""
+        return UnsupportedError(f"{self.name} cannot run in a stream: {reason}")
 
     def share_at(self, site: Site, depth: int) -> Fraction | None:
         """The stage's `keep` for `site`: the share of the original reducible tokens that stays, None where it is solved."""

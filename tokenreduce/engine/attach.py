@@ -39,7 +39,7 @@ def attach(
     loaded = load_pipeline(pipeline)
     if budget is not None:
         loaded = loaded.with_budget(budget)
-    return Run(model, loaded, _adapter_for(model, explicit=layout is not None), layout)
+    return Run(model, loaded, adapter_for(model, explicit=layout is not None), layout)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def detach(model: nn.Module) -> None:
         run.detach()
 
 
-def _adapter_for(model: nn.Module, explicit: bool) -> ModelAdapter:
+def adapter_for(model: nn.Module, explicit: bool) -> ModelAdapter:
     """The first adapter that matches, a third party's before ours; with an explicit layout any decoder will do."""
     adapters = [cls() for cls in plugins.adapters()]
     for adapter in adapters:

@@ -51,7 +51,7 @@ class Forward:
         group: Any = None,
     ) -> None:
         self.sequences, self.layers, self.modules = sequences, layers, modules
-        self.implementation, self.config, self.width = implementation, config, width
+        self.implementation, self.config, self.width, self.logical = implementation, config, width, width
         self.valid, self.draft, self.group = valid, draft, group
         self.index: Tensor | None = None
         self.rotary: tuple[Tensor, ...] | None = None
@@ -149,7 +149,7 @@ class Forward:
 
     def enter_attention(self, layer: int, x: Tensor) -> None:
         """Account for the attention of `layer` over x, and tell its cache what will come."""
-        plan = KvPlan(self.width, self.valid, draft=self.draft, repacked=self.index is not None)
+        plan = KvPlan(self.logical, self.valid, draft=self.draft, repacked=self.index is not None)
         spans: list[int | None] = [None] * len(self.sequences)
         if self.kv_sites or (self.layers and self.layers[layer].position is not None):
             spans = plan_kv(self, layer, x, plan)

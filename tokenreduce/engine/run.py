@@ -174,14 +174,9 @@ class Run:
 
     def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the decoder: refuse what must be refused, and start the state of this forward."""
-        if _me() in self._active:  # The last forward of this thread was broken off by Ctrl-C.
-            self._release()
+        self._ready()
         prompt, self._local.prompt = getattr(self._local, "prompt", None), None
         self._local.await_head = False
-        if not self.host.tapped:
-            raise AttachError(
-                f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
-            )
         call = Call.read(args, kwargs, prompt)
         layout = self._find_layout(call)
         if layout is None:
@@ -203,6 +198,14 @@ class Run:
         layers = [] if cache is None else adopt(cache, len(self.host.layers), call.valid_past)
         self._start(self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs)))
         return args, kwargs
+
+    def _ready(self) -> None:
+        if _me() in self._active:  # The last forward of this thread was broken off by Ctrl-C.
+            self._release()
+        if not self.host.tapped:
+            raise AttachError(
+                f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
+            )
 
     def _begin_text(self, call: Call) -> None:
         """A forward without vision tokens: dense, unless the cache that it goes on with has been reduced."""

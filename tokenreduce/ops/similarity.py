@@ -50,6 +50,18 @@ def cosine_to(hidden: Tensor, other: Tensor) -> Tensor:
     return result
 
 
+def within_span(frame: Tensor, previous: Tensor, similar: Tensor, frames: int) -> Tensor:
+    """(n,) bool: `similar`, but no run goes over a frame whose number is a multiple of `frames`: it begins anew there.
+
+    So every run lies in one span of `frames` frames, as pictures of a coded video do between key frames, and which tokens
+    are linked is decided token by token.
+
+    Args:
+        frame: (n,) long, not negative where similar. previous: (n,) long from `previous_in_slot`. similar: (n,) bool.
+    """
+    return similar & (frame // frames == frame[previous.clamp(min=0)] // frames)
+
+
 def merge_runs(previous: Tensor, similar: Tensor) -> Tensor:
     """(n,) long merge target: tokens chained by `similar` all go to the first of their run; the others stay.
 

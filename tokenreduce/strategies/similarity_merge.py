@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot
+from tokenreduce.ops.carry import Carry
+from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot, within_span
 from tokenreduce.ops.topk import top_mask
 from tokenreduce.reduction import Weighting
 from tokenreduce.strategy import (
@@ -48,7 +49,7 @@ class SimilarityMerge(Strategy):
             None,
             ge=-1,
             le=1,
-            description="Least cosine for a merge (S_threshold). Left out: merge as many as the budget asks.",
+            description="Least cosine for a merge (S_threshold). Left out: as many as the budget asks.",
         )
         stop_below: float = Field(
             0.1, ge=0, le=1, description="Merging ends where the share of similar tokens falls below it (N_threshold)."
@@ -60,9 +61,18 @@ class SimilarityMerge(Strategy):
         weighting: Weighting = Field(
             "size", description="Mean by how many originals a token stands for, or plain as in the released code."
         )
+        max_run: int | None = Field(
+            None, ge=2, description="With a threshold: runs begin anew at frames whose number is a multiple of this."
+        )
         keep: Share | list[Share] | None = Field(
             None, description="Without a threshold: share of the original vision tokens that remains."
         )
+
+        @model_validator(mode="after")
+        def _runs_by_threshold(self) -> SimilarityMerge.Config:
+            if self.max_run is not None and self.threshold is None:
+                raise ValueError("`max_run` goes with `threshold`")
+            return self
 
     config: Config
 
@@ -80,6 +90,17 @@ class SimilarityMerge(Strategy):
         """Only where neither a threshold nor a share tells how much to merge."""
         return self.config.threshold is None and self.config.keep is None
 
+    def carry(self, depth: int) -> Carry:
+        """Only a merge by threshold before layer 0, and no share of the whole video in its rule, needs no token to come."""
+        config, sites = self.config, self.schedule(depth)
+        if config.threshold is None:
+            raise self.cannot_stream("without `threshold` it merges the most similar tokens of the whole video")
+        if sites != [Site(0, "pre_attention")]:
+            raise self.cannot_stream(f"it acts at {sites[-1]}, on states that depend on merges to come; write `at: 0`")
+        if config.stop_below and not config.merge_below:
+            raise self.cannot_stream("`stop_below` is a share of the whole video; write `stop_below: 0`")
+        return Carry(config.threshold, config.max_run)
+
     def decide(self, ctx: StageContext) -> Decision:
         """See the class."""
         config = self.config
@@ -88,6 +109,8 @@ class SimilarityMerge(Strategy):
         if config.threshold is None:
             return self._merge_most_similar(ctx, previous, similarity)
         similar = similarity >= config.threshold
+        if config.max_run is not None:
+            similar = within_span(ctx.frame, previous, similar, config.max_run)
         count = int(similar.sum())
         share = count / max(ctx.reducible_count, 1)
         note = f"{share:.1%} similar"
@@ -132,6 +155,9 @@ class SimilarityMerge(Strategy):
             kept = self._vision_left(view)
             return Outcome(kept if view.site.kind != "kv" else view.n - view.reducible_count + kept)
         count = 0 if view.state.setdefault("looked", False) else int(view.similar * view.reducible_count)
+        if config.max_run is not None and view.frames > 1:
+            spans = -(-view.frames // config.max_run)
+            count = min(count, view.reducible_count * (view.frames - spans) // view.frames)
         view.state["looked"] = True
         if view.allowance_source is not None and view.reducible_count - count <= view.allowance("bound"):
             return Outcome(min(view.allowance("merge"), view.reducible_count), finished=True, budget_met=True)

@@ -36,6 +36,11 @@ class StreamingWindow(Strategy):
         """Unless the window is given."""
         return self.config.window is None
 
+    def carry(self, depth: int) -> None:
+        """A window given in tokens moves on from chunk to chunk by itself."""
+        if self.config.window is None:
+            raise self.cannot_stream("its window is solved from a budget; give `window`")
+
     def decide(self, ctx: StageContext) -> Decision:
         """See the class."""
         window = self._window(ctx)
