@@ -235,6 +235,7 @@ CASES: list[Case] = [
     Case("merge_to_the_end", _stages(MERGE | {"threshold": 0.5, "stop_below": 0.0}, PRUNE, budget=0.7)),
     Case("merge_threshold_only", _stages(MERGE | {"threshold": 0.7})),
     Case("merge_plain", _stages(MERGE | {"threshold": 0.65, "weighting": "plain", "merge_below": True}, PRUNE, budget=0.6)),
+    Case("merge_in_spans", _stages(MERGE | {"threshold": 0.5, "max_run": 2}, PRUNE, budget=0.7)),
     Case("merge_late", _stages(MERGE | {"at": [1, 3], "site": "pre_ffn", "keep": [0.7, 0.4]})),
     Case("merge_protects_newlines", _stages(MERGE | {"keep": 0.5}, newlines="protect", wrappers="merge")),
     Case("prune_last", _stages(PRUNE | {"at": 2, "importance": "last", "keep": 0.4})),

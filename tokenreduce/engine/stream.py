@@ -155,11 +155,14 @@ class Stream(Run):
         self._ledger.check(layout)
         reducible = self._reducible(layout)[0]
         able = reducible if self._merging is not None else torch.zeros_like(reducible)
+        self._failed = True  # Until the chunk has gone in whole.
         with torch.no_grad():
             source = self._carry.feed(embeds[0], layout.slot[0], layout.frame[0], layout.media()[0], able)
             self._ledger.take(layout, reducible, source)
-            while self._carry.closed > self.width:
+            # Text alone waits: without a vision token after it, no stage would act on it.
+            while self._ledger.vision and self._carry.closed > self.width:
                 self._prefill(self._next(self.width))
+        self._failed = False
 
     def finish(self, embeds: Tensor | None = None, layout: TokenLayout | None = None, **kwargs: Any) -> Any:
         """Feed the last tokens, if any, and prefill all that is left. Returns the model's output for the last tokens.
@@ -173,12 +176,15 @@ class Stream(Run):
             raise LayoutError("this stream has been fed nothing")
         if self._ledger.vision and not self._ledger.reducible:
             raise LayoutError("the pipeline protects all vision tokens of this stream; nothing could fire")
+        self._failed = True
         with torch.no_grad():
             self._carry.close()
             while self._carry.held > self.width:
                 self._prefill(self._next(self.width))
             self._finished = True
-            return self._prefill(self._next(self._carry.held), kwargs)
+            out = self._prefill(self._next(self._carry.held), kwargs)
+        self._failed = False
+        return out
 
     def _refuse(self) -> None:
         if not self.attached or self._failed:
@@ -194,8 +200,8 @@ class Stream(Run):
         family, config = self.host.family, self.host.config
         if self.budget is not None:
             raise UnsupportedError(
-                f"{self.pipeline.name}: a budget cannot be divided over a stream, whose length is not known; give its stages sizes "
-                "of their own (`threshold`, `window`) and leave `budget` out"
+                f"{self.pipeline.name}: a budget cannot be divided over a stream, whose length is not known; give its stages "
+                "sizes of their own (`threshold`, `window`) and leave `budget` out"
             )
         scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         if self.adapter.deepstack is not None or "mrope_section" in scaling:
@@ -222,9 +228,9 @@ class Stream(Run):
     def _prefill(self, piece: Piece, last: dict[str, Any] | None = None) -> Any:
         """Run `piece` through the decoder; the last one through the whole model, with these arguments."""
         module = self.host.text if last is None else self.host.model
-        self._local.piece, self._failed = piece, True
+        self._local.piece = piece
         try:
-            out = module(
+            return module(
                 inputs_embeds=piece.states,
                 position_ids=(piece.place + piece.start)[None],
                 past_key_values=self.cache,
@@ -233,8 +239,6 @@ class Stream(Run):
             )
         finally:
             self._local.piece = None
-        self._failed = False
-        return out
 
     def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the decoder: the forward of a piece, or of a later turn as in any run."""
@@ -249,7 +253,9 @@ class Stream(Run):
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=call.device)
         columns = torch.arange(piece.logical, device=call.device)
         nothing = torch.full_like(columns, -1)
-        conductor = Conductor(self.strategies, Account(None, self.shape, piece.logical, 0))
+        conductor = Conductor(
+            self.strategies if self._ledger.vision else [], Account(None, self.shape, piece.logical, 0)
+        )
         for run in conductor.runs:
             if run.strategy is self._merging:
                 run.end()
