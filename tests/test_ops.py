@@ -66,7 +66,7 @@ def test_one_long_run_ends_in_its_first_token(length: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_cosine_is_the_definition(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenreduce.ops.similarity.ROWS", 7)
+    monkeypatch.setattr("tokenreduce.ops.blocks.ELEMENTS", 7 * 16)
     torch.manual_seed(0)
     hidden = torch.randn(40, 16).to(dtype)
     other = torch.randint(-1, 40, (40,))

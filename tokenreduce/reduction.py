@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import LayoutError
+from tokenreduce.ops.blocks import block_rows
 
 Weighting = Literal["size", "plain"]
 
@@ -119,20 +120,26 @@ class Reduction:
         if self.weighting == "plain":
             weights = torch.ones_like(weights)
         members = row * n + source
-        head_weight = weights[heads]
         # Weights are divided by a power of two first, which changes no bit of the mean: the sum of large rows overflows.
-        total, exponent = head_weight.index_add(0, group, weights[members]).frexp()
+        total, exponent = weights[heads].index_add(0, group, weights[members]).frexp()
         share = torch.ldexp(torch.ones_like(total), -exponent)
-        summed = flat[heads].to(exact) * (head_weight * share)[:, None]
-        summed = summed.index_add(0, group, flat[members].to(exact) * (weights[members] * share[group])[:, None])
         place = torch.empty(rows * n, dtype=torch.long, device=hidden.device)
-        columns = torch.arange(index.shape[1], device=hidden.device).expand(rows, -1)
+        columns = torch.arange(rows * index.shape[1], device=hidden.device).view(rows, -1)
         # Left padding repeats tokens that go, never a head, so no head is written twice.
-        place[(torch.arange(rows, device=hidden.device)[:, None] * n + index).reshape(-1)] = (
-            columns + torch.arange(rows, device=hidden.device)[:, None] * index.shape[1]
-        ).reshape(-1)
-        merged = (summed / total[:, None]).to(hidden.dtype)
-        return out.reshape(-1, width).index_copy(0, place[heads], merged).view_as(out)
+        place[(torch.arange(rows, device=hidden.device)[:, None] * n + index).reshape(-1)] = columns.reshape(-1)
+        # Block by block: of the sums in full precision, and of the members' copies, only one block lives at a time.
+        order = group.argsort(stable=True)
+        members, group = members[order], group[order]
+        out, block = out.reshape(-1, width), block_rows(flat)
+        starts = range(0, len(heads), block)
+        ends = torch.searchsorted(group, torch.tensor([*starts[1:], len(heads)], device=group.device)).tolist()
+        for first, begin, end in zip(starts, [0, *ends], ends, strict=False):
+            some = slice(first, first + block)
+            summed = flat[heads[some]].to(exact) * (weights[heads[some]] * share[some])[:, None]
+            for its, into in zip(members[begin:end].split(block), group[begin:end].split(block), strict=True):
+                summed = summed.index_add_(0, into - first, flat[its].to(exact) * (weights[its] * share[into])[:, None])
+            out = out.index_copy_(0, place[heads[some]], (summed / total[some, None]).to(hidden.dtype))
+        return out.view(rows, -1, width)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.ops.similarity import ROWS, cosine_to, merge_runs, previous_in_slot, within_span
+from tokenreduce.ops.blocks import block_rows
+from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot, within_span
 
 
 class Carry:
@@ -182,7 +183,8 @@ class _Runs:
         size = size.index_add(0, into, torch.ones_like(joined))
         _, grown = size.to(total.dtype).frexp()
         total = torch.ldexp(total, (exponent - grown)[:, None])
-        for some, runs in zip(joined.split(ROWS), into.split(ROWS), strict=True):
+        block = block_rows(states)
+        for some, runs in zip(joined.split(block), into.split(block), strict=True):
             total.index_add_(0, runs, torch.ldexp(states[some].to(total.dtype), -grown[runs][:, None]))
         return heads, ending, _Sums(total, size, grown)
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS = 4096
-"""Tokens compared at once: bounds the float32 copies that a comparison makes."""
+from tokenreduce.ops.blocks import block_rows
 
 
 def previous_in_slot(slot: Tensor, medium: Tensor, candidates: Tensor) -> Tensor:
@@ -30,6 +29,7 @@ def previous_in_slot(slot: Tensor, medium: Tensor, candidates: Tensor) -> Tensor
     return previous
 
 
+@torch.no_grad()
 def cosine_to(hidden: Tensor, other: Tensor) -> Tensor:
     """(n,) float32 (float64 for float64 input): cosine of each row with row `other[i]`; −inf where `other` is −1.
 
@@ -41,11 +41,13 @@ def cosine_to(hidden: Tensor, other: Tensor) -> Tensor:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     result = torch.full(other.shape, -torch.inf, dtype=dtype, device=hidden.device)
     rows = (other >= 0).nonzero().squeeze(1)
-    for part in rows.split(ROWS):
+    for part in rows.split(block_rows(hidden)):
         a, b = hidden[part].to(dtype), hidden[other[part]].to(dtype)
         # Scaled to a largest entry of 1 first: the squares of large rows overflow, those of tiny rows vanish.
-        a, b = (x / x.abs().amax(-1, keepdim=True) for x in (a, b))
-        cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+        for x in (a, b):
+            x.div_(x.abs().amax(-1, keepdim=True))
+        norms = a.norm(dim=-1) * b.norm(dim=-1)
+        cosine = a.mul_(b).sum(-1) / norms
         result[part] = torch.where(cosine.isnan(), -torch.inf, cosine)
     return result
 
