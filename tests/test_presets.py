@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 import tokenreduce as tr
 from tokenreduce import plugins
 from tokenreduce.budget import Budget
-from tokenreduce.pipeline import Pipeline, build, load_pipeline, pipeline_problems, pipeline_schema
+from tokenreduce.pipeline import Pipeline, build, build_vision, load_pipeline, pipeline_problems, pipeline_schema
 
 LAYOUT = tr.TokenLayout.video(before=5, frames=8, per_frame=12, after=4)
 TOTAL, VISION, DEPTH = LAYOUT.shape[1], 96, 6
@@ -43,7 +43,7 @@ def test_every_preset_is_valid_described_and_round_trips(name: str, tmp_path: Pa
     pipeline = load_pipeline(name)
     assert pipeline.name == name
     assert pipeline.description
-    assert len(build(pipeline)) == len(pipeline.stages)
+    assert len(build(pipeline)) + len(build_vision(pipeline)) == len(pipeline.stages)
     path = tmp_path / f"{name}.yaml"
     path.write_text(pipeline.to_yaml(), encoding="utf-8")
     assert load_pipeline(path) == pipeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,29 @@ class FfnPair:
 
     entry: nn.Module
     exit: nn.Module
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """A vision tower in which every frame is encoded on its own.
+
+    module: its first argument, or `pixels` by name, holds frames; whatever of its output has frames in its first axis and
+    tokens in its second is put back in full. After the blocks it works on each token alone (a norm).
+    blocks: those whose output reaches the decoder, in order; called with (F, n, D) first. patch: pixels per side of a patch.
+    prefix: tokens of a frame before its patches (class tokens). mask: the argument of a block, after the first, that is added to
+    its attention logits; None where a block takes none.
+    grid: None where frames come as (F, C, H, W); else the name of the argument (media, 3) with the frames, rows and columns of
+    each medium, whose patches come packed one after the other as (patches, values). merged: patches per row of a packed output.
+    """
+
+    module: nn.Module
+    blocks: Sequence[nn.Module]
+    patch: int
+    pixels: str = "pixel_values"
+    prefix: int = 0
+    mask: str | None = "attention_mask"
+    grid: str | None = None
+    merged: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,4 +104,8 @@ class ModelAdapter(ABC):
 
     def layout(self, model: nn.Module, prompt: Prompt) -> TokenLayout | None:
         """Where the vision tokens of this forward are; None where the family has no vision (a bare decoder)."""
+        return None
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        """The vision tower, for stages in it; None where the family has none or it cannot be described."""
         return None

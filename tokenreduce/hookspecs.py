@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenreduce.adapter import ModelAdapter
     from tokenreduce.strategy import Strategy
     from tokenreduce.trace import StageTrace
+    from tokenreduce.vision import VisionStrategy
 
 PROJECT = "tokenreduce"
 """Name of the pluggy project, of the entry point group, and the prefix of every hook."""
@@ -27,8 +28,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def tokenreduce_strategies() -> list[type[Strategy]]:  # type: ignore[empty-body]
-    """Strategy classes that a pipeline may then name in YAML."""
+def tokenreduce_strategies() -> list[type[Strategy] | type[VisionStrategy]]:  # type: ignore[empty-body]
+    """Strategy classes, for the decoder or the vision tower, that a pipeline may then name in YAML."""
 
 
 @hookspec
@@ -43,4 +44,4 @@ def tokenreduce_presets() -> dict[str, Path | str]:  # type: ignore[empty-body]
 
 @hookspec
 def tokenreduce_observe(event: StageTrace) -> None:
-    """Called after each applied stage, once per sequence. Look, do not change."""
+    """Called after each applied stage, once per sequence (in the vision tower once per call of it). Look, do not change."""

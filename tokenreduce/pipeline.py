@@ -15,7 +15,8 @@ from tokenreduce.budget import Budget
 from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, nearest
 from tokenreduce.layout import MarkerPolicy
 from tokenreduce.problems import KnownFields, describe, problem
-from tokenreduce.strategy import StageConfig, Strategy
+from tokenreduce.strategy import VISION_ORDER, AnyStageConfig, Strategy
+from tokenreduce.vision import VisionStrategy
 from tokenreduce.yaml_source import MAX_DEPTH, MAX_NODES, Loc, Source, is_text, read_yaml, short, write_yaml
 
 
@@ -29,25 +30,27 @@ def _budget(value: Any) -> Any:
         raise problem((), str(error).removeprefix("budget "), value) from None
 
 
-def _stage(value: Any) -> StageConfig:
+def _stage(value: Any) -> AnyStageConfig:
     """The config of the strategy that `value` names. As strict as JSON: 1 is a number, "1" and true are not."""
-    if not isinstance(value, (dict, StageConfig)):
+    if not isinstance(value, (dict, AnyStageConfig)):
         raise problem((), f"expected a mapping with `strategy`, got {short(value)}", value)
-    name = value.strategy if isinstance(value, StageConfig) else value.get("strategy")
+    name = value.strategy if isinstance(value, AnyStageConfig) else value.get("strategy")
     known = plugins.strategies()
     if name is None:
         raise problem((), f"the field 'strategy' is missing; it names one of {', '.join(known)}", value)
     if not isinstance(name, str) or name not in known:
         raise problem(("strategy",), f"unknown strategy {short(name)}{nearest(str(name), known)}", name)
     cls = known[name]
-    config = value if isinstance(value, StageConfig) else cls.Config.model_validate_json(json.dumps(value), strict=True)
+    config = value
+    if not isinstance(value, AnyStageConfig):
+        config = cls.Config.model_validate_json(json.dumps(value), strict=True)
     if not isinstance(config, cls.Config):
         raise problem((), f"expected {cls.__name__}.Config for strategy '{name}', got {type(config).__name__}", value)
     if config.site is not None and config.site not in cls.capabilities.sites:
         sites = ", ".join(cls.capabilities.sites)
         raise problem(("site",), f"{name} cannot act at '{config.site}'; it can at: {sites}", config.site)
     try:
-        cls(config)
+        cls(config)  # type: ignore[arg-type]
     except TokenReduceError as error:
         raise problem((), str(error), value) from None
     return config
@@ -82,7 +85,7 @@ class Pipeline(BaseModel):
     wrappers: MarkerPolicy = Field(
         "protect", description="Special tokens around a frame that have a slot in it: `protect` leaves them alone."
     )
-    stages: list[Annotated[SerializeAsAny[StageConfig], BeforeValidator(_stage)]] = Field(
+    stages: list[Annotated[SerializeAsAny[AnyStageConfig], BeforeValidator(_stage)]] = Field(
         description="Stages in the order in which they act. An empty list keeps every token."
     )
 
@@ -91,6 +94,23 @@ class Pipeline(BaseModel):
     def _plain(cls, value: Any) -> Any:
         _check_plain(value)
         return value
+
+    @model_validator(mode="after")
+    def _tower_first(self) -> Pipeline:
+        """Stages are listed in the order in which they act, and frames pass the tower before tokens pass the decoder."""
+        known = plugins.strategies()
+        latest = 0
+        for place, stage in enumerate(self.stages):
+            order = _order(known[stage.strategy])
+            if order < latest:
+                raise problem(
+                    ("stages", place, "strategy"),
+                    f"{stage.strategy} acts at {known[stage.strategy].capabilities.sites[0]}, before "
+                    f"{self.stages[place - 1].strategy}; list the stages in the order in which they act",
+                    stage.strategy,
+                )
+            latest = order
+        return self
 
     def with_budget(self, budget: Any) -> Pipeline:
         """The same pipeline under another budget: a share in (0, 1], a mapping, or a Budget.
@@ -142,16 +162,34 @@ def pipeline_problems(source: str | Path | Mapping[str, Any]) -> list[str]:
 
 
 def build(pipeline: Pipeline) -> list[Strategy]:
-    """One strategy per stage, in order."""
-    known = plugins.strategies()
-    return [known[stage.strategy](stage) for stage in pipeline.stages]
+    """One strategy per stage in the decoder, in order."""
+    return [strategy for strategy in _built(pipeline) if isinstance(strategy, Strategy)]
+
+
+def build_vision(pipeline: Pipeline) -> list[VisionStrategy]:
+    """One strategy per stage in the vision tower, in order."""
+    return [strategy for strategy in _built(pipeline) if isinstance(strategy, VisionStrategy)]
+
+
+def _built(pipeline: Pipeline) -> list[Strategy | VisionStrategy]:
+    known, built = plugins.strategies(), []
+    for place, stage in enumerate(pipeline.stages):
+        strategy = known[stage.strategy](stage)  # type: ignore[arg-type]
+        strategy.place = place
+        built.append(strategy)
+    return built
+
+
+def _order(cls: plugins.AnyStrategy) -> int:
+    """Where a strategy acts: 0 before the vision tower, 1 inside it, 2 in the decoder."""
+    return 2 if issubclass(cls, Strategy) else VISION_ORDER.index(cls.capabilities.sites[0])  # type: ignore[arg-type]
 
 
 def pipeline_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a pipeline, with the stages of every installed strategy."""
     schema = Pipeline.model_json_schema()
     definitions: dict[str, Any] = schema.setdefault("$defs", {})
-    definitions.pop("StageConfig", None)
+    definitions.pop("AnyStageConfig", None)
     for name, cls in plugins.strategies().items():
         stage = cls.Config.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
         stage["title"] = name
@@ -244,4 +282,4 @@ def _is_model(loc: Loc, value: object) -> bool:
     """Whether `value` is a Budget or a stage's config in the place of one."""
     if loc == ("budget",):
         return isinstance(value, Budget)
-    return isinstance(value, StageConfig) and len(loc) == 2 and loc[0] == "stages"
+    return isinstance(value, AnyStageConfig) and len(loc) == 2 and loc[0] == "stages"

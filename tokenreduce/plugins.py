@@ -24,12 +24,15 @@ from tokenreduce import hookspecs
 from tokenreduce.adapter import ModelAdapter
 from tokenreduce.errors import PluginError
 from tokenreduce.hookspecs import PROJECT
-from tokenreduce.strategy import SITE_ORDER, Capabilities, StageConfig, Strategy
+from tokenreduce.strategy import SITE_ORDER, VISION_ORDER, Capabilities, StageConfig, Strategy
+from tokenreduce.vision import VisionStageConfig, VisionStrategy
 
 DISABLE = "TOKENREDUCE_DISABLE_PLUGINS"
 """Environment variable: `1` turns all third-party plugins off, `name,name` those packages or entry points."""
 
 T = TypeVar("T")
+AnyStrategy = type[Strategy] | type[VisionStrategy]
+"""A strategy class, for the decoder or for the vision tower."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -65,7 +68,7 @@ def manager() -> pluggy.PluginManager:
     return found
 
 
-def strategies() -> dict[str, type[Strategy]]:
+def strategies() -> dict[str, AnyStrategy]:
     """Strategy classes by name. Raises PluginError for two of one name or one that breaks the contract."""
     return {name: offer.item for name, offer in offered_strategies().items()}
 
@@ -81,7 +84,7 @@ def presets() -> dict[str, Path]:
     return {name: offer.item for name, offer in offered_presets().items()}
 
 
-def offered_strategies() -> dict[str, Offer[type[Strategy]]]:
+def offered_strategies() -> dict[str, Offer[AnyStrategy]]:
     """Strategies by name, in alphabetical order, with their origins."""
     offers = [Offer(_checked_strategy(cls, origin), origin) for cls, origin in _collect("tokenreduce_strategies", list)]
     return _by_name("strategy", [(offer.item.name, offer) for offer in offers])
@@ -183,11 +186,17 @@ def _by_name(kind: str, named: list[tuple[str, Offer[T]]]) -> dict[str, Offer[T]
     return found
 
 
-def _checked_strategy(cls: Any, origin: str) -> type[Strategy]:
-    """`cls`, if it is a strategy that keeps the contract of tokenreduce.strategy."""
+def _checked_strategy(cls: Any, origin: str) -> AnyStrategy:
+    """`cls`, if it is a strategy that keeps the contract of tokenreduce.strategy or tokenreduce.vision."""
     label = getattr(cls, "__name__", repr(cls))
-    if not (inspect.isclass(cls) and issubclass(cls, Strategy)):
-        raise _broken(origin, f"{label} is not a subclass of tokenreduce.strategy.Strategy")
+    if not (inspect.isclass(cls) and issubclass(cls, (Strategy, VisionStrategy))):
+        raise _broken(
+            origin,
+            f"{label} is not a subclass of tokenreduce.strategy.Strategy (nor of tokenreduce.vision.VisionStrategy)",
+        )
+    vision = issubclass(cls, VisionStrategy)
+    sites: tuple[str, ...] = VISION_ORDER if vision else SITE_ORDER
+    base = VisionStageConfig if vision else StageConfig
     name, config = getattr(cls, "name", None), getattr(cls, "Config", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _broken(origin, f"{label}.name must be lower case letters, digits and _, got {name!r}")
@@ -195,11 +204,13 @@ def _checked_strategy(cls: Any, origin: str) -> type[Strategy]:
     if (
         not isinstance(capabilities, Capabilities)
         or not capabilities.sites
-        or set(capabilities.sites) - set(SITE_ORDER)
+        or set(capabilities.sites) - set(sites)
+        or (vision and len(capabilities.sites) > 1)
     ):
-        raise _broken(origin, f"{label}.capabilities must be a Capabilities with sites out of {', '.join(SITE_ORDER)}")
-    if not (inspect.isclass(config) and issubclass(config, StageConfig) and config is not StageConfig):
-        raise _broken(origin, f"{label}.Config must be a subclass of tokenreduce.strategy.StageConfig")
+        how_many = "one site" if vision else "sites"
+        raise _broken(origin, f"{label}.capabilities must be a Capabilities with {how_many} out of {', '.join(sites)}")
+    if not (inspect.isclass(config) and issubclass(config, base) and config is not base):
+        raise _broken(origin, f"{label}.Config must be a subclass of {base.__module__}.{base.__name__}")
     if config.model_config.get("extra") != "forbid":
         raise _broken(origin, f"{label}.Config must forbid unknown fields (extra='forbid')")
     pinned = config.model_fields["strategy"].annotation

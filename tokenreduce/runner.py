@@ -154,7 +154,7 @@ def _note(model: Any, arm: Arm, run: Run | None, out: Any, width: int) -> None:
         arm.flops = arm.dense_flops
         arm.source = torch.arange(width)
         return
-    if not run.strategies:
+    if not run.pipeline.stages:
         raise PipelineError(f"pipeline {arm.name} has no stages; the dense arm runs anyway")
     arm.trace = run.trace
     arm.tokens = [int(layer.tokens[0]) for layer in run.trace.layers]

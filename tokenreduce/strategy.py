@@ -36,6 +36,9 @@ from tokenreduce.reduction import Reduction, Weighting
 SiteKind = Literal["pre_attention", "kv", "pre_ffn"]
 SITE_ORDER: tuple[SiteKind, ...] = ("pre_attention", "kv", "pre_ffn")
 """The order in which a layer passes its sites."""
+VisionKind = Literal["vision.input", "vision.block"]
+VISION_ORDER: tuple[VisionKind, ...] = ("vision.input", "vision.block")
+"""Sites of the vision tower, all before those of the decoder; see tokenreduce.vision."""
 
 Layer = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -65,7 +68,7 @@ class Capabilities:
     content_dependent: how many tokens it leaves depends on the video. waits: it acts once, after the stages before it.
     """
 
-    sites: tuple[SiteKind, ...]
+    sites: tuple[SiteKind, ...] | tuple[VisionKind, ...]
     attention: bool = False
     chooses_count: bool = False
     merges: bool = False
@@ -73,12 +76,18 @@ class Capabilities:
     waits: bool = False
 
 
-class StageConfig(BaseModel):
-    """Fields that every stage of a pipeline has. A strategy's own config subclasses it and pins `strategy`."""
+class AnyStageConfig(BaseModel):
+    """What stages of the decoder and of the vision tower have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     strategy: str = Field(description="Name of the strategy; `tokenreduce strategies` lists them.")
+    site: Any = None
+
+
+class StageConfig(AnyStageConfig):
+    """Fields that every stage in the decoder has. A strategy's own config subclasses it and pins `strategy`."""
+
     site: SiteKind | None = Field(None, description="Where in a layer the stage acts; default: the strategy's own.")
     at: Layer | list[Layer] | Literal["next"] | None = Field(
         None,
@@ -270,6 +279,8 @@ class Strategy(ABC):
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     Config: ClassVar[type[StageConfig]]
+    place: int = 0
+    """Its place in the pipeline; set by `build`."""
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
@@ -324,7 +335,7 @@ class Strategy(ABC):
     def schedule(self, depth: int) -> list[Site]:
         """The sites at which the stage is asked, in order, for a decoder of `depth` layers."""
         config = self.config
-        kind = config.site or self.capabilities.sites[0]
+        kind: SiteKind = config.site or self.capabilities.sites[0]  # type: ignore[assignment]
         if isinstance(config.at, int):
             layers = [config.at]
         elif isinstance(config.at, list):

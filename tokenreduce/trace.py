@@ -10,10 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StageTrace:
-    """One look of one stage at one sequence.
+    """One look of one stage at one sequence, or of a stage in the vision tower at all frames of one call of it.
 
-    stage: its place in the pipeline. row: of the batch. before, after: tokens alive. merged, dropped: where the others went.
-    note: why, in the strategy's words. finished: whether the stage is done with this sequence.
+    stage: its place in the pipeline. layer: of the decoder, or block of the tower (−1: before it). row: of the batch; −1 in the
+    tower, which knows no rows. before, after: tokens alive; in the tower those of all its frames, at `vision.input` frames.
+    merged, dropped: where the others went. note: why, in the strategy's words. finished: whether the stage is done with this
+    sequence.
     """
 
     stage: int
@@ -126,8 +128,9 @@ class Trace:
             f"{self.relative_flops:.4f} of the FLOPs ({self.flops:.4g}), KV cache {self.kv_bytes / 2**20:.2f} MiB"
         ]
         for stage in self.stages:
+            where = "tower" if stage.row < 0 else f"row {stage.row}"
             rows.append(
-                f"  {stage.site:<24} row {stage.row}  {stage.strategy:<18} {stage.before:>7} → {stage.after:<7}"
+                f"  {stage.site:<24} {where}  {stage.strategy:<18} {stage.before:>7} → {stage.after:<7}"
                 f" {stage.merged} merged, {stage.dropped} dropped{'  (' + stage.note + ')' if stage.note else ''}"
             )
         rows += [f"  {line}" for line in self.skipped]

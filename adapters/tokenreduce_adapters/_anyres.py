@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapter import Prompt
+from tokenreduce.adapter import Prompt, VisionTower
 from tokenreduce_adapters._runs import Kind, Medium, Places, VisionAdapter, encoded_features, image_places
+from tokenreduce_adapters._towers import frames_tower
 
 
 def tower_side(config: Any) -> int:
@@ -19,6 +20,9 @@ def tower_side(config: Any) -> int:
 
 class AnyresAdapter(VisionAdapter):
     """The image half of LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision."""
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        return frames_tower(model)
 
     def tile_limit(self, config: Any) -> int | None:
         """Tiles above which the grid is scaled down, or None where the family never does that."""

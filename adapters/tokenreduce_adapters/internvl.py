@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from tokenreduce.adapter import VisionTower
 from tokenreduce_adapters._labelled import LabelledAdapter
+from tokenreduce_adapters._towers import frames_tower
 
 
 class InternVLAdapter(LabelledAdapter):
@@ -29,6 +33,9 @@ class InternVLAdapter(LabelledAdapter):
 
     def per_tile(self, config: Any) -> int:
         return int(config.image_seq_length)
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        return frames_tower(model)
 
     def restarts(self, first: list[int], second: list[int], label: list[int]) -> bool:
         # The first frame's label is as long as the second's without its line break.

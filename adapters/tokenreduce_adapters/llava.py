@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tokenreduce.adapter import Prompt
+from tokenreduce.adapter import Prompt, VisionTower
 from tokenreduce_adapters._anyres import AnyresAdapter
 from tokenreduce_adapters._runs import Kind, VisionAdapter, placeholder, settings
+from tokenreduce_adapters._towers import frames_tower
 
 
 class LlavaAdapter(VisionAdapter):
@@ -31,6 +32,9 @@ class LlavaAdapter(VisionAdapter):
         images = len(prompt.kwargs["pixel_values"])
         total = int(torch.eq(prompt.input_ids, placeholder(model, kind)).sum())
         return [total // images] * images
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        return frames_tower(model)
 
 
 class LlavaNextAdapter(AnyresAdapter):

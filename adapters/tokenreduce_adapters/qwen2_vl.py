@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapter import Prompt
+from tokenreduce.adapter import Prompt, VisionTower
 from tokenreduce.errors import LayoutError
 from tokenreduce_adapters._runs import Kind, Medium, Places, VisionAdapter, image_places, settings
 
@@ -44,6 +44,18 @@ class Qwen2VLAdapter(VisionAdapter):
         start = self._frame_starts(prompt.position_ids, medium)
         frame = start.cumsum(0) - 1
         return Places(token - start.nonzero().flatten()[frame], frame)
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        tower: Any = getattr(model, "model", model).visual
+        return VisionTower(
+            module=tower,
+            blocks=tower.blocks,
+            patch=tower.config.patch_size,
+            pixels="hidden_states",
+            mask=None,
+            grid="grid_thw",
+            merged=tower.config.spatial_merge_size**2,
+        )
 
     def _frame_starts(self, position_ids: Tensor | None, medium: Medium) -> Tensor:
         """(L,) bool: tokens at which a frame of the video begins."""

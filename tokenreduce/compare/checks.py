@@ -81,6 +81,8 @@ def _keep_all(
         logits = forward()
         tokens = [int(layer.tokens[0]) for layer in run.trace.layers]
         fixed = [strategy.name for strategy in run.strategies if not strategy.needs_budget()]
+        if run.vision:
+            return Check(name, method, None, f"{run.vision[0].name} does not take its count from the budget")
     if all(count == width for count in tokens):
         return _equal(name, method, plain, logits)
     held = f"holds {min(tokens)} of {width} tokens at budget 1"

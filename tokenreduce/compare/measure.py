@@ -63,8 +63,8 @@ class _Watch:
 
     def wrap(self, run: Run, device: torch.device) -> None:
         """Time every decision of the strategies of `run`, which belong to it alone."""
-        for strategy in run.strategies:
-            strategy.decide = self._timed(strategy.decide, device)  # type: ignore[method-assign]
+        for strategy in (*run.strategies, *run.vision):
+            strategy.decide = self._timed(strategy.decide, device)  # type: ignore[method-assign,union-attr,attr-defined]
 
     def _timed(self, decide: Any, device: torch.device) -> Any:
         def timed(context: Any) -> Any:
@@ -181,7 +181,7 @@ class Bench:
             "kv_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
             "dense_flops": dense,
         }
-        if not run.strategies:
+        if not run.pipeline.stages:
             return noted | {
                 "tokens": [int(layer.keys.shape[-2]) for layer in layers],
                 "layer_flops": [layer_flops(shape, width, width)] * shape.layers,

@@ -12,6 +12,8 @@ hooks.py     hooks that do no harm on copies, in pickles and after detach
 layers.py    the hooks inside the layers, on while a forward reduces
 host.py      the model: its facts, the hooks around its decoder, its configuration
 probe.py     proves on the real layers what an adapter says about them
+vision.py    stages in the vision tower
+frames.py    frames taken out before a tower and put back behind it
 call.py      one call of the decoder: its layout, its sequences
 stack.py     what called, read from the stack
 checks.py    what is refused by name

@@ -13,6 +13,7 @@ from tokenreduce.engine.forward import Forward
 from tokenreduce.engine.hooks import Hook
 from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
 from tokenreduce.strategy import Site
+from tokenreduce.trace import StageTrace
 
 FOLLOWING = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
 """Arguments of a layer that the engine makes follow the tokens."""
@@ -124,11 +125,16 @@ class LayerHooks:
     def _observe(self, forward: Forward) -> None:
         """Tell the observers what the stages just did."""
         events, forward.unseen = forward.unseen, []
-        for event in events:
-            try:
-                plugins.manager().hook.tokenreduce_observe(event=event)
-            except TokenReduceError:
-                raise
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                raise PluginError(f"an observer of stage {event.strategy} at {event.site} failed: {what}") from error
+        observe(events)
+
+
+def observe(events: Sequence[StageTrace]) -> None:
+    """Tell the observers. PluginError where one of them fails."""
+    for event in events:
+        try:
+            plugins.manager().hook.tokenreduce_observe(event=event)
+        except TokenReduceError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise PluginError(f"an observer of stage {event.strategy} at {event.site} failed: {what}") from error

@@ -22,9 +22,10 @@ from tokenreduce.engine.layers import LayerHooks
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
+from tokenreduce.engine.vision import TowerHooks
 from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
 from tokenreduce.layout import TokenLayout
-from tokenreduce.pipeline import Pipeline, build
+from tokenreduce.pipeline import Pipeline, build, build_vision
 from tokenreduce.trace import Trace
 
 PATIENCE = 60.0
@@ -46,16 +47,18 @@ class Run:
         self, model: nn.Module, pipeline: Pipeline, adapter: ModelAdapter, layout: TokenLayout | None = None
     ) -> None:
         self.pipeline, self.budget, self.adapter = pipeline, pipeline.budget, adapter
-        self.strategies = build(pipeline)
+        self.strategies, self.vision = build(pipeline), build_vision(pipeline)
         self._layout, self._fresh = layout, layout is not None
         self._local = threading.local()
         self._lock = threading.Lock()
         self._active: dict[int, Forward] = {}
         self._last: Trace | None = None
         self.attached = False
-        if self.strategies:
+        if pipeline.stages:
             self.host = Host(model, adapter)
             self.shape = self.host.shape
+            tower = adapter.vision_tower(model) if self.vision else None
+            self._tower = TowerHooks(tower, self.vision, self.host.family) if self.vision else None
             with _attaching:
                 self._attach()
 
@@ -68,7 +71,7 @@ class Run:
         if trace is None:
             raise AttachError(
                 f"pipeline {self.pipeline.name} has no trace yet: no forward with vision tokens has run"
-                if self.strategies
+                if self.pipeline.stages
                 else "an empty pipeline adds no hook to the model, and so it has no trace"
             )
         return trace
@@ -95,6 +98,8 @@ class Run:
                 running.forward = None
             self._active.clear()
             self._layer_hooks.remove()
+            if self._tower is not None:
+                self._tower.remove()
             self.host.give_back()
             text = self.host.decoder()
             if text is not None:
@@ -110,13 +115,16 @@ class Run:
 
     def _wait(self) -> None:
         until = time.monotonic() + PATIENCE
-        while any(thread.ident in self._active for thread in threading.enumerate() if thread.ident != _me()):
+        while any(self._works(thread.ident) for thread in threading.enumerate() if thread.ident != _me()):
             if time.monotonic() > until:
                 raise AttachError(
                     f"pipeline {self.pipeline.name} cannot be detached: a forward of another thread has not ended in "
                     f"{PATIENCE:.0f} s"
                 )
             time.sleep(0.002)
+
+    def _works(self, thread: int | None) -> bool:
+        return thread in self._active or (self._tower is not None and thread in self._tower.busy)
 
     # Attaching --------------------------------------------------------------------------------------------------------
 
@@ -134,6 +142,8 @@ class Run:
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._layer_hooks = LayerHooks(host.layers, pairs, self._current, host.family)
         host.take(self, pairs)
+        if self._tower is not None:
+            self._tower.install()
         attached[host.text] = self
         self.attached = True
 
@@ -182,6 +192,7 @@ class Run:
         if layout is None:
             self._begin_text(call)
             return None
+        told = [] if self._tower is None else self._tower.take()
         if call.cache is not None:
             refuse_cache(call.cache)
         refuse_call(self.host.family, self.host.config, call)
@@ -196,7 +207,9 @@ class Run:
 
             kwargs["past_key_values"] = cache = DynamicCache(config=self.host.config)
         layers = [] if cache is None else adopt(cache, len(self.host.layers), call.valid_past)
-        self._start(self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs)))
+        forward = self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs))
+        forward.stages += told
+        self._start(forward)
         return args, kwargs
 
     def _ready(self) -> None:

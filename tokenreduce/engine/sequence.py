@@ -129,7 +129,7 @@ def stage_trace(
 ) -> StageTrace:
     """The record of one look."""
     return StageTrace(
-        stage=sequence.conductor.runs.index(run),
+        stage=run.strategy.place,
         strategy=run.strategy.name,
         site=str(site),
         layer=site.layer,
