@@ -32,10 +32,12 @@ PRESETS = [
     "prune_then_merge",
     "noncascaded_merge",
 ]
+TOWER = ["framefusion_end_to_end"]
+"""Presets that need a model with a vision tower; test_vision_stages runs them."""
 
 
 def test_the_presets_of_the_published_methods_are_there() -> None:
-    assert set(PRESETS) <= set(plugins.presets())
+    assert {*PRESETS, *TOWER} <= set(plugins.presets())
 
 
 @pytest.mark.parametrize("name", sorted({*PRESETS, *plugins.presets()}))
@@ -61,7 +63,7 @@ def test_pipelines_in_the_documentation_are_valid(block: str, tmp_path: Path) ->
 
 def test_the_documentation_names_every_field_and_preset() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name in [*Pipeline.model_fields, *Budget.model_fields, *PRESETS]:
+    for name in [*Pipeline.model_fields, *Budget.model_fields, *PRESETS, *TOWER]:
         assert f"`{name}" in text or f"{{{name}" in text or f" {name}: " in text, name
 
 

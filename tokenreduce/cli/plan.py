@@ -57,6 +57,7 @@ def plan(
         _largest(loaded, arch, memory, similar, json)
         return
     plans = {one.name: _forecast(one, arch, frames, similar) for one in loaded}
+    towers = {one.name: _tower_lines(one) for one in loaded}
     if json:
         print_json({name: _data(account) for name, account in plans.items()})
     else:
@@ -66,6 +67,8 @@ def plan(
         )
         for name, account in plans.items():
             _print(name, account, similar)
+            for line in towers[name]:
+                print(line)
     if output is not None:
         _draw(plans, output)
 
@@ -103,6 +106,19 @@ def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar
             one.budget is None or one.budget.relative,
         )
     show(arch, plans, available, similar, json)
+
+
+def _tower_lines(pipeline: Pipeline) -> list[str]:
+    """What stages in the vision tower leave of its work. The table above is the decoder's alone."""
+    from tokenreduce.pipeline import build_vision
+
+    lines = []
+    for strategy in build_vision(pipeline):
+        at, keep = getattr(strategy.config, "at", None), getattr(strategy.config, "keep", None)
+        where = strategy.capabilities.sites[0] if at is None else f"vision.block[{at}]"
+        left = "as much as the video asks for" if keep is None else f"{keep} of each frame's patches"
+        lines.append(f"vision tower (not in the table): {strategy.name} at {where} leaves {left}")
+    return lines
 
 
 def _data(account: Account) -> dict[str, Any]:

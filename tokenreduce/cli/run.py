@@ -91,6 +91,10 @@ def _print(arms: list[Arm], question: str, expected: str | None, width: int) -> 
         )
     columns = ["arm", "tokens/layer", "GFLOP", "KV MiB", "LLM prefill ms", "with vision ms", "ms/token", "answer"]
     print_table(columns, rows)
+    for arm in arms:
+        for stage in arm.trace.stages if arm.trace is not None else []:
+            if stage.site.startswith("vision."):
+                print(f"{arm.name}: {stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}")
 
 
 def _check_folder(folder: Path, force: bool) -> None:

@@ -33,7 +33,8 @@ Row = dict[str, Any]
 
 @dataclass
 class Outcome:
-    """What one arm made of one example. source: (N,) long, where each input token ended, −1 if dropped."""
+    """What one arm made of one example. source: (N,) long, where each input token ended, −1 if dropped. spared: whether stages in
+    the vision tower left something out."""
 
     reply: Reply
     tokens: list[int]
@@ -44,6 +45,7 @@ class Outcome:
     kv_bytes: int
     selector_seconds: float
     source: Tensor
+    spared: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class Bench:
             "flops": trace.flops,
             "selector_flops": trace.selector_flops,
             "source": source,
+            "spared": any(stage.site.startswith("vision.") and stage.after < stage.before for stage in trace.stages),
         }
 
     def _row(self, arm: Arm, item: Item, outcome: Outcome, dense: Outcome) -> Row:
@@ -220,7 +223,7 @@ class Bench:
             "agrees": reply.ids[0] == dense.reply.ids[0] if reduced else None,
             "kl": kl_divergence(dense.reply, reply) if reduced else None,
             "tokens": outcome.tokens,
-            "fired": outcome.tokens != dense.tokens or outcome.layer_flops != dense.layer_flops,
+            "fired": outcome.spared or outcome.tokens != dense.tokens or outcome.layer_flops != dense.layer_flops,
             "relative_tokens": sum(outcome.tokens) / sum(dense.tokens),
             "layer_flops": outcome.layer_flops,
             "flops": outcome.flops,

@@ -16,12 +16,16 @@ from tokenreduce.strategy import Capabilities, Share
 from tokenreduce.vision import BlockStageConfig, VisionContext, VisionStrategy
 
 
+ROUND = 4
+"""A round merges at most one patch in so many: in a round of half of them, a patch unlike all others would have to go."""
+
+
 class PatchMerge(VisionStrategy):
     """Before block `at`, merge the most similar patches of each frame until `keep` of them are left, as many in every frame.
 
-    Bipartite soft matching, in rounds where more than half must go; a merged token is the mean of its patches. As published but
-    for two things: the metric is the residual stream before the block, where ToMe takes the keys inside it (its Table 1), and
-    few blocks merge much where ToMe merges a little in every block. Class tokens stay.
+    Bipartite soft matching, in rounds of at most a quarter; a merged token is the mean of its patches. Two things are not as
+    published: the metric is the residual stream before the block, where ToMe takes the keys inside it, and few blocks merge much
+    (in rounds) where ToMe merges a little in every block. Class tokens stay.
     """
 
     name = "patch_merge"
@@ -35,7 +39,7 @@ class PatchMerge(VisionStrategy):
             description="Share of a frame's patches that is left; with a list in `at`, a falling share for each."
         )
         proportional: bool = Field(
-            True,
+            False,
             description="Proportional attention (ToMe, Eq. 1): a merged token is attended to as often as its patches.",
         )
 
@@ -66,7 +70,7 @@ class PatchMerge(VisionStrategy):
         # target: where each token of the start goes; index: the columns of those that are left.
         index = target = torch.arange(ctx.n, device=hidden.device).expand(ctx.frames, -1)
         while left > keep:
-            merges = min(left - keep, left // 2)
+            merges = min(left - keep, max(left // ROUND, 1))
             left -= merges
             counts = (fixed + left,) * ctx.frames
             step = Reduction(bipartite_target(hidden, movable, merges), counts=counts)
