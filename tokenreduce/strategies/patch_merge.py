@@ -15,7 +15,6 @@ from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import Capabilities, Share
 from tokenreduce.vision import BlockStageConfig, VisionContext, VisionStrategy
 
-
 ROUND = 4
 """A round merges at most one patch in so many: in a round of half of them, a patch unlike all others would have to go."""
 
