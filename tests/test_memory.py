@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import embeddings
+from families import FAMILIES, Text, Video
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,6 +203,63 @@ def test_weights_of_the_known_models_are_those_of_the_class(name: str, parameter
     arch = architecture(name)
     assert abs(arch.weight_bytes() - 2 * parameters) <= 1e-4 * 2 * parameters
     assert arch.counted() is arch
+
+
+def floats_in_sight(model: Any, decoder: Any, inputs: Any) -> tuple[int, int]:
+    """Elements of the decoder's embeddings, and of what else of the tower's making is alive when the decoder begins."""
+    pixels = {value.untyped_storage()._cdata for value in inputs.values() if isinstance(value, torch.Tensor)}
+    known = pixels | {parameter.untyped_storage()._cdata for parameter in (*model.parameters(), *model.buffers())}
+    seen: list[tuple[int, int]] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        embeds = kwargs["inputs_embeds"]
+        sizes = {}
+        for thing in gc.get_objects():
+            if type(thing) is torch.Tensor and thing.is_floating_point() and thing.numel() > embeds.numel() // 4:
+                sizes[thing.untyped_storage()._cdata] = thing.numel()
+        own = embeds.untyped_storage()._cdata
+        seen.append((embeds.numel(), sum(size for key, size in sizes.items() if key not in known | {own})))
+
+    gc.collect()
+    handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return seen[0]
+
+
+def test_the_tower_leaves_behind_what_the_plan_says() -> None:
+    family = FAMILIES["qwen2_5_vl"]
+    model, inputs = family.model(), family.sample([[Text(3), Video(16), Text(5)]]).inputs
+    embeds, held = floats_in_sight(model, model.model.language_model, inputs)
+    tokens, width = 96, 64
+    assert held == 2 * tokens * width + 4 * tokens * model.config.vision_config.hidden_size
+    arch = architecture("qwen2.5-vl-7b")
+    assert arch.held_per_step == 2 * arch.tokens_per_frame * arch.shape.hidden + 4 * arch.tokens_per_frame * 1280
+
+    config = LlavaVideoConfig(
+        text_config=Qwen2Config(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=300,
+        ),
+        vision_config=SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, patch_size=14,
+            image_size=56, vision_use_head=False,
+        ),
+        video_token_id=290, image_token_id=291,
+    )  # fmt: skip
+    model = LlavaVideoForConditionalGeneration(config).eval()
+    vision = 4 * config.tokens_per_frame
+    ids = torch.tensor([[5] * 4 + [290] * vision + [6] * 3])
+    inputs = {"input_ids": ids, "pixel_values_videos": torch.randn(1, 4, 3, 56, 56)}
+    embeds, held = floats_in_sight(model, model.model.language_model, inputs)
+    assert embeds == 64 * ids.shape[1]
+    # Two outputs of the tower: its last layer's, and the same normalised.
+    tower = 4 * 16 * 32
+    assert held == vision * 64 + 2 * tower
+    arch = architecture("llava-video-7b")
+    assert arch.held_per_step == arch.tokens_per_frame * arch.shape.hidden + 2 * 729 * 1152
+    assert arch.held(3) == 3 * arch.held_per_step
 
 
 def test_weights_of_a_config_are_counted(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Architecture:
         note: one line to show beside the plan, "" if there is nothing to say.
         positions: the most tokens it was made for, None if unknown.
         vision_parameters: parameters outside the decoder: vision tower and projector.
+        held_per_step: elements that a step's vision features and what else the tower made take while the decoder runs.
         tied: the LM head is the embedding.
         parameters: of everything, where they were counted; None to work them out from the shape.
     """
@@ -54,6 +55,7 @@ class Architecture:
     note: str = ""
     positions: int | None = None
     vision_parameters: int = 0
+    held_per_step: int = 0
     tied: bool = False
     parameters: int | None = None
 
@@ -82,6 +84,10 @@ class Architecture:
         if dtype not in DTYPE_BYTES:
             raise UnsupportedError(f"unknown dtype '{dtype}'{nearest(dtype, DTYPE_BYTES)}")
         return replace(self, dtype=dtype)
+
+    def held(self, frames: int) -> int:
+        """Elements that the vision tower leaves behind while the decoder runs."""
+        return self.steps(frames) * self.held_per_step
 
     def weight_bytes(self) -> int:
         """Bytes of all weights, none of them quantised. BudgetError where neither a count nor the shape tells."""
@@ -142,6 +148,10 @@ def _from_config(path: Path) -> Architecture:
     like = next((arch for arch in _known().values() if family in arch.model_types), None)
     base = like or _known()[FALLBACK]
     dtype = config.get("dtype") or config.get("torch_dtype")
+    deepstack = (config.get("vision_config") or {}).get("deepstack_visual_indexes") or ()
+    # Qwen3-VL holds its features twice, and so each level of its deepstack; of an unknown family they are counted once.
+    held = base.tokens_per_frame * shape.hidden * (2 * (1 + len(deepstack)) if deepstack else 1)
+    held = base.held_per_step * shape.hidden // base.shape.hidden if like else held
     note = f"{base.tokens_per_frame} tokens per frame and {base.text_tokens} of text, taken from {base.name}"
     return replace(
         base,
@@ -154,6 +164,7 @@ def _from_config(path: Path) -> Architecture:
         note=note,
         positions=text.get("max_position_embeddings"),
         vision_parameters=like.vision_parameters if like else 0,
+        held_per_step=held,
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
     )
 

@@ -29,7 +29,7 @@ class Peak:
     """What lives at the moment of a prefill that takes most, in bytes.
 
     Args:
-        weights: parameters. inputs: embeddings, vision features and rotary tables, alive from beginning to end.
+        weights: parameters. inputs: embeddings, rotary tables and what the vision tower left, from beginning to end.
         kv: keys and values cached by then. activations: everything else. layer: where it is; the depth for the LM head.
     """
 
@@ -80,7 +80,7 @@ def prefill_peak(
     dtype_bytes: int,
     *,
     weights: int = 0,
-    features: int = 0,
+    held: int = 0,
     read_later: Collection[int] = (),
     head_tokens: int = 1,
     eager: bool = False,
@@ -90,18 +90,18 @@ def prefill_peak(
     Args:
         tokens: of the input. attn, ffn, kv: tokens that enter each layer's attention and FFN, and that its cache then holds.
         dtype_bytes: of one element, weights, cache and activations alike. weights: their bytes.
-        features: vision tokens whose features the model holds beside the embeddings (0 for a bare decoder).
+        held: elements that live from beginning to end beside the embeddings: vision features (0 for a bare decoder).
         read_later: layers whose queries a stage reads before the next layer's attention. head_tokens: positions with logits.
         eager: attention with N × N scores: the softmax makes a second copy in float32, one lives until the layer ends.
     """
     width, heads, groups = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inputs = ((tokens + features) * width + 2 * tokens * shape.head_dim) * dtype_bytes
+    inputs = (tokens * (width + 2 * shape.head_dim) + held) * dtype_bytes
     wide = (3 if shape.gated else 2) * shape.ffn
     moments: list[Peak] = []
 
     def moment(layer: int, cached: int, elements: int, exact: int = 0) -> None:
-        held = kv_bytes(shape, kv[:cached], dtype_bytes)
-        moments.append(Peak(weights, inputs, held, elements * dtype_bytes + 2 * exact * max(dtype_bytes, 4), layer))
+        cache = kv_bytes(shape, kv[:cached], dtype_bytes)
+        moments.append(Peak(weights, inputs, cache, elements * dtype_bytes + 2 * exact * max(dtype_bytes, 4), layer))
 
     before = tokens
     for layer, (a, f) in enumerate(zip(attn, ffn, strict=True)):

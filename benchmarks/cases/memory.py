@@ -120,13 +120,13 @@ def planned(shape: DecoderShape, pipeline: str | None, frames: int, similar: flo
     total = vision + TEXT
     if pipeline is None:
         counts = [total] * shape.layers
-        return prefill_peak(shape, total, counts, counts, counts, 4, weights=weights, features=vision)
+        return prefill_peak(shape, total, counts, counts, counts, 4, weights=weights, held=vision * HIDDEN)
     stages = build(load_pipeline(pipeline))
     account = Account(Budget.parse(BUDGET), shape, total, vision, 4)
     forecast(stages, account, similar=similar, frames=frames)
     return prefill_peak(
         shape, total, account.attn, account.ffn, account.kv, 4,
-        weights=weights, features=vision, read_later=read_later(stages, shape.layers),
+        weights=weights, held=vision * HIDDEN, read_later=read_later(stages, shape.layers),
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def peak_of(arch: Architecture, plan: Plan, frames: int, weights: int) -> Peak:
     account = plan.account(frames)
     return prefill_peak(
         arch.shape, account.total, account.attn, account.ffn, account.kv, arch.dtype_bytes,
-        weights=weights, features=arch.vision_tokens(frames), read_later=plan.read_later,
+        weights=weights, held=arch.held(frames), read_later=plan.read_later,
     )  # fmt: skip
 
 
