@@ -106,6 +106,12 @@ def run(environment: dict[str, str] | None = None, **settings: Any) -> Row:
 # The forecast --------------------------------------------------------------------------------------------------------------
 
 
+def outline(layers: int) -> Any:
+    """The decoder's configuration."""
+    with torch.device("meta"):
+        return decoder(layers).config
+
+
 def similar_share(frames: int) -> float:
     """Share of the vision tokens whose cosine with the frame before reaches the threshold: what `--similar` asks for."""
     embeds, layout = video(frames)
@@ -132,7 +138,7 @@ def planned(shape: DecoderShape, pipeline: str | None, frames: int, similar: flo
 
 def edges(layers: int, memory: int, similar: float) -> Row:
     """The answer of `tokenreduce plan --memory` for the decoder, dense and with each pipeline."""
-    config = decoder(layers).config
+    config = outline(layers)
     config.architectures = ["Qwen2ForCausalLM"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
         config.save_pretrained(folder)
@@ -151,7 +157,7 @@ def measure(options: Options) -> Row:
     """Peak of a prefill of 64 frames, and runs at the edge of a memory and beyond it."""
     layers, frames = 8, 8 if options.quick else 64
     pipelines = PIPELINES[:2] if options.quick else PIPELINES
-    shape = DecoderShape.from_config(decoder(layers).config)
+    shape = DecoderShape.from_config(outline(layers))
     similar = similar_share(frames)
     rows: list[Row] = []
     for name in pipelines:
