@@ -319,8 +319,10 @@ def kv_pairs(tokens: int, held: int, span: bool) -> int:
     """
     if not span:
         return tokens * held
-    blocks = ((first, min(first + SPAN_BLOCK, tokens)) for first in range(0, tokens, SPAN_BLOCK))
-    return sum((last - first) * (last - max(0, first - held + 1)) for first, last in blocks)
+    whole, rest = divmod(tokens, SPAN_BLOCK)
+    start = min(whole, -(-held // SPAN_BLOCK))  # Blocks whose first query sees everything before it.
+    pairs = SPAN_BLOCK**2 * start * (start + 1) // 2 + (whole - start) * SPAN_BLOCK * (SPAN_BLOCK - 1 + held)
+    return pairs + rest * (tokens - max(0, tokens - rest - held + 1))
 
 
 def released_removal(shares: Sequence[float], cost: float, layers: int) -> float:

@@ -39,6 +39,7 @@ class UniformFrames(Strategy):
         # Frames of all media in the order of the input: (medium, frame) as one number.
         key = torch.where(ctx.reducible, ctx.medium * reach + ctx.frame, -1)
         frames, sizes = key[ctx.reducible].unique(return_counts=True)
+        # No frame is smaller than the smallest: a bound that is met at once where all are alike.
         for kept in range(min(len(frames), count // int(sizes.min())), 0, -1):
             places = _spread(kept, len(frames))
             if int(sizes[places].sum()) <= count:
