@@ -19,4 +19,6 @@ stack.py     what called, read from the stack
 checks.py    what is refused by name
 run.py       a pipeline on a model: how a forward begins and ends
 attach.py    attach, reduce, detach
+stream.py    a sequence that comes in chunks: pieces of it through the decoder
+streamed.py  what a stream has been fed and has done, and its receipt
 """

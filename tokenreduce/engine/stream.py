@@ -22,7 +22,7 @@ from tokenreduce.engine.run import Run
 from tokenreduce.engine.schedule import Conductor
 from tokenreduce.engine.sequence import Sequence
 from tokenreduce.engine.streamed import Ledger
-from tokenreduce.errors import AttachError, LayoutError, PipelineError, UnsupportedError
+from tokenreduce.errors import AttachError, LayoutError, PipelineError, PluginError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.ops.carry import Carry
 from tokenreduce.pipeline import Pipeline, load_pipeline
@@ -210,6 +210,12 @@ class Stream(Run):
             )
         super()._check_pipeline()
         carries = [(strategy, strategy.carry(len(self.host.layers))) for strategy in self.strategies]
+        for strategy, carry in carries:
+            where = [site for site in strategy.schedule(len(self.host.layers)) if site.kind != "kv"]
+            if where != ([] if carry is None else [Site(0, "pre_attention")]):
+                raise PluginError(
+                    f"strategy {strategy.name} says that it can run in a stream, but acts at {where[-1:]}"
+                )
         merging = [carry for _, carry in carries if carry is not None]
         if len(merging) > 1:
             raise PipelineError(
