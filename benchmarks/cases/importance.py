@@ -17,19 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from harness import (
-    HIDDEN,
-    Options,
-    Row,
-    decoder,
-    in_fresh_process,
-    paired_ratio,
-    spread,
-    summary,
-    table,
-    take_turns,
-    video,
-)
+from harness import Options, Row, decoder, in_fresh_process, paired_ratio, spread, summary, table, take_turns, video
 from matplotlib.figure import Figure
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -52,16 +40,12 @@ COLOURS = {"dense layer": "#000000", "plain": "#D55E00", "shared": "#0072B2", "w
 
 def measure(options: Options) -> dict[str, Any]:
     """Each length in a process of its own; then reduced prefills with a clock in the engine."""
-    lengths = LENGTHS[:3] if options.quick else LENGTHS
     rows = []
-    for n in lengths:
+    for n in LENGTHS[:3] if options.quick else LENGTHS:
         rows.append(json.loads(in_fresh_process("cases.importance", str(n), str(options.threads))[0]))
-        print(f"  N={n}: {[(k, round(v['median'], 4)) for k, v in rows[-1]['seconds'].items()]}", flush=True)
-    return {
-        "rows": rows,
-        "wide": None if options.quick else _wide(LENGTHS[2]),
-        "engine": _engine(*((6, 1) if options.quick else (20, 2))),
-    }
+        print(f"  N={n}: {rows[-1]['seconds']['shared']['median']:.3f} s", flush=True)
+    wide = None if options.quick else _wide(LENGTHS[2])
+    return {"rows": rows, "wide": wide, "engine": _engine(*((6, 1) if options.quick else (20, 2)))}
 
 
 # One length ---------------------------------------------------------------------------------------------------------------
@@ -112,7 +96,8 @@ def one_length(n: int) -> Row:
         seconds = take_turns(turns, 3 if n <= TURNS_UP_TO else 2, warmup=n <= TURNS_UP_TO)
     else:
         seconds |= take_turns({name: arms[name] for name in ("window", "last")}, 3)
-    shares = {name: paired_ratio(seconds[name], seconds["dense layer"]) for name in arms if "dense layer" in seconds}
+    layer = seconds.get("dense layer")
+    shares = {name: paired_ratio(seconds[name], layer) for name in arms if layer}
     worst = float((arms["shared"]() - arms["plain"]()).abs().max()) if n <= TURNS_UP_TO else None
     return {
         "tokens": n, "seconds": {name: summary(times) for name, times in seconds.items()}, "share": shares,
@@ -120,17 +105,17 @@ def one_length(n: int) -> Row:
     }  # fmt: skip
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
-
-
 def _peak(call: Callable[[], Any]) -> tuple[float, int]:
     """Seconds of one call, and by how much it raised the resident memory at its highest (Linux: the mark is set back first)."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = status("VmRSS"), time.perf_counter()
     call()
-    return time.perf_counter() - started, _status("VmHWM") - before
+    return time.perf_counter() - started, status("VmHWM") - before
 
 
 def _wide(n: int) -> Row:
@@ -143,7 +128,6 @@ def _wide(n: int) -> Row:
     model = Qwen2ForCausalLM(config).eval()
     _layer(model, 256)()
     seconds = take_turns({"dense layer": _layer(model, n)} | _arms(*_tensors(n, 28, 4, 128)), 1, warmup=0)
-    print(f"  7B widths, N={n}: {[(k, round(v[0], 3)) for k, v in seconds.items()]}", flush=True)
     return {"tokens": n, "seconds": {name: summary(times) for name, times in seconds.items()}}
 
 
@@ -157,17 +141,16 @@ def _clocks(spent: Counter[str]) -> Iterator[None]:
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - started
+            out = function(*args, **kwargs)
+            spent[name] += time.perf_counter() - started
+            return out
 
         return call
 
-    attend = Forward.attend
-
     def tapped(self: Forward, layer: int, base: Any, *rest: Any) -> Any:
         return attend(self, layer, timed("attention", base), *rest)
+
+    attend = Forward.attend
 
     with (
         patch.object(Hook, "__call__", timed("hooks", Hook.__call__)),
@@ -242,7 +225,7 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
     _plot(data, docs)
     differences = [row["difference"] for row in data["rows"] if row["difference"] is not None]
     lines = [
-        f"One layer of width {HIDDEN}: {HEADS} heads of {WIDTH}, {GROUPS} of keys. *Plain* computes each block of scores",
+        f"One layer of width {HEADS * WIDTH}: {HEADS} heads of {WIDTH}, {GROUPS} of keys. *Plain* computes each block of scores",
         "and its softmax anew; *shared* takes the rows' log-sum-exp, which SDPA's flash attention on a CPU computes anyway, so",
         "that a score is one product and one exp2. The attention's output is the same to the bit. The two differ by at most",
         f"{max(differences):.0e} (up to {TURNS_UP_TO:,} tokens). The share of {DEPTH} layers is an extrapolation: that of one",
