@@ -17,6 +17,7 @@ frames.py    frames taken out before a tower and put back behind it
 call.py      one call of the decoder: its layout, its sequences
 stack.py     what called, read from the stack
 checks.py    what is refused by name
+waiting.py   waiting for forwards of other threads
 run.py       a pipeline on a model: how a forward begins and ends
 attach.py    attach, reduce, detach
 stream.py    a sequence that comes in chunks: pieces of it through the decoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from typing import Any
 
@@ -22,14 +21,12 @@ from tokenreduce.engine.layers import LayerHooks
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
-from tokenreduce.engine.vision import TowerHooks
+from tokenreduce.engine.vision import NoTower, TowerHooks
+from tokenreduce.engine.waiting import wait_for_others
 from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
 from tokenreduce.trace import Trace
-
-PATIENCE = 60.0
-"""Seconds that `detach` waits for a forward that runs in another thread."""
 
 attached: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 """The run of each decoder that has one. It lives as long as the decoder, also if the caller of `attach` let go of it."""
@@ -57,8 +54,9 @@ class Run:
         if pipeline.stages:
             self.host = Host(model, adapter)
             self.shape = self.host.shape
-            tower = adapter.vision_tower(model) if self.vision else None
-            self._tower = TowerHooks(tower, self.vision, self.host.family) if self.vision else None
+            self._tower = NoTower()
+            if self.vision:
+                self._tower = TowerHooks(adapter.vision_tower(model), self.vision, self.host.family)
             with _attaching:
                 self._attach()
 
@@ -92,14 +90,13 @@ class Run:
         """
         if not self.attached:
             return
-        self._wait()
+        wait_for_others(lambda thread: thread in self._active or thread in self._tower.busy, self.pipeline.name)
         with self._lock:
             if getattr(running, "forward", None) in self._active.values():
                 running.forward = None
             self._active.clear()
             self._layer_hooks.remove()
-            if self._tower is not None:
-                self._tower.remove()
+            self._tower.remove()
             self.host.give_back()
             text = self.host.decoder()
             if text is not None:
@@ -112,19 +109,6 @@ class Run:
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
-
-    def _wait(self) -> None:
-        until = time.monotonic() + PATIENCE
-        while any(self._works(thread.ident) for thread in threading.enumerate() if thread.ident != _me()):
-            if time.monotonic() > until:
-                raise AttachError(
-                    f"pipeline {self.pipeline.name} cannot be detached: a forward of another thread has not ended in "
-                    f"{PATIENCE:.0f} s"
-                )
-            time.sleep(0.002)
-
-    def _works(self, thread: int | None) -> bool:
-        return thread in self._active or (self._tower is not None and thread in self._tower.busy)
 
     # Attaching --------------------------------------------------------------------------------------------------------
 
@@ -142,8 +126,7 @@ class Run:
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._layer_hooks = LayerHooks(host.layers, pairs, self._current, host.family)
         host.take(self, pairs)
-        if self._tower is not None:
-            self._tower.install()
+        self._tower.install()
         attached[host.text] = self
         self.attached = True
 
@@ -192,7 +175,7 @@ class Run:
         if layout is None:
             self._begin_text(call)
             return None
-        told = [] if self._tower is None else self._tower.take()
+        told = self._tower.take()
         if call.cache is not None:
             refuse_cache(call.cache)
         refuse_call(self.host.family, self.host.config, call)

@@ -42,10 +42,28 @@ class _Visit:
     acted: set[int] = field(default_factory=set)
 
 
-class TowerHooks:
-    """The vision stages of a pipeline on one tower. busy: the threads that run it now, by their identifiers."""
+class NoTower:
+    """A pipeline without stages in the vision tower. busy: the threads that run the tower now, by their identifiers."""
+
+    def __init__(self) -> None:
+        self.busy: set[int] = set()
+
+    def install(self) -> None:
+        """Put the hooks on."""
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+
+    def take(self) -> list[StageTrace]:
+        """What the stages did in this thread since the last prefill with vision tokens."""
+        return []
+
+
+class TowerHooks(NoTower):
+    """The vision stages of a pipeline on one tower."""
 
     def __init__(self, tower: VisionTower | None, strategies: Sequence[VisionStrategy], family: str) -> None:
+        super().__init__()
         if tower is None:
             raise UnsupportedError(
                 f"{family}: its adapter describes no vision tower, so the stage {strategies[0].name} cannot act; leave out the "
@@ -74,7 +92,6 @@ class TowerHooks:
         first = min((site.block for strategy in weighing for site in self.asked[strategy]), default=depth)
         self._weighed = range(first, depth)
         self.blocks = sorted({*blocks, *self._weighed})
-        self.busy: set[int] = set()
         self._local = threading.local()
         self._handles: list[Any] = []
 
