@@ -383,6 +383,18 @@ def test_the_preset_runs_and_its_parts_are_told_apart() -> None:
     assert [s.strategy for s in attached.trace.stages[:3]] == ["frame_reuse", "patch_merge", "similarity_merge"]
 
 
+def test_what_a_failed_call_left_is_not_in_the_next_trace() -> None:
+    model, inputs = FAMILIES["llava_onevision"].model(), sample(FAMILIES["llava_onevision"])
+    with torch.no_grad(), tr.reduce(model, {"stages": [REUSE, PRUNE]}) as attached:
+        projector = model.model.multi_modal_projector
+        handle = projector.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        handle.remove()
+        model(**inputs)
+        assert [s.strategy for s in attached.trace.stages] == ["frame_reuse", "random", "random"]
+
+
 # The matching -----------------------------------------------------------------------------------------------------------
 
 

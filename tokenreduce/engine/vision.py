@@ -58,6 +58,9 @@ class NoTower:
         """What the stages did in this thread since the last prefill with vision tokens."""
         return []
 
+    def forget(self) -> None:
+        """A call begins that brings pixels: what the tower did in this thread before, for a call that failed, is not its own."""
+
 
 class TowerHooks(NoTower):
     """The vision stages of a pipeline on one tower."""
@@ -123,6 +126,10 @@ class TowerHooks(NoTower):
                 "tokens; pass pixels, not features, or leave out the stages in the vision tower"
             )
         return events
+
+    def forget(self) -> None:
+        """See NoTower."""
+        self._local.events = []
 
     # One call of the tower --------------------------------------------------------------------------------------------
 
