@@ -197,7 +197,7 @@ def measure(options: Options) -> Row:
         "shaped": {
             name: clip_times(shaped, held[file], frames, 1 if options.quick else 3) for name, file in CLIPS.items()
         },
-        "accuracy": accuracy(embedded, 8 if options.quick else 200),
+        "accuracy": accuracy(embedded, 8 if options.quick else 100),
     }
 
 
