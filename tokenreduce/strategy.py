@@ -362,6 +362,11 @@ class Strategy(ABC):
         """Whether the stage acts at one site only: the first it is free to act at."""
         return self.capabilities.waits and self.config.at in (None, "next")
 
+    @property
+    def fixed_count(self) -> bool:
+        """Whether `forecast` knows how many tokens `decide` leaves, whatever the video shows: what a compiled model needs."""
+        return not self.capabilities.content_dependent
+
     def needs_budget(self) -> bool:
         """Whether the stage cannot act without a budget."""
         return self.capabilities.chooses_count and getattr(self.config, "keep", None) is None

@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenreduce import plugins
 from tokenreduce.adapter import ModelAdapter
+from tokenreduce.engine.host import uncompiled
 from tokenreduce.engine.run import Run, attached
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout
@@ -36,7 +37,7 @@ def attach(
 
     Raises PipelineError, BudgetError, UnsupportedError or AttachError before anything has run.
     """
-    loaded = load_pipeline(pipeline)
+    model, loaded = uncompiled(model), load_pipeline(pipeline)
     if budget is not None:
         loaded = loaded.with_budget(budget)
     return Run(model, loaded, adapter_for(model, explicit=layout is not None), layout)

@@ -46,18 +46,18 @@ class KvPlan:
 class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values (B, G, held, d) of the tokens that one decoder layer holds.
 
-    logical: tokens seen, as transformers counts. valid: (B, held) bool, None if none is padding. position: (B, held) long,
-    place of each token in its sequence, kept only where a span or a merge at a `kv` site needs it, and with it end: (B,) long,
-    the place of the next token; window: (B,) long and sinks, the span that later queries see. plan: what the engine says
+    number: of the decoder layer. logical: tokens seen, as transformers counts. valid: (B, held) bool, None if none is padding.
+    position: (B, held) long, place of each token in its sequence, kept only where a span or a merge at a `kv` site needs it, and
+    with it end: (B,) long, the place of the next token; window: (B,) long and sinks, the span that later queries see. plan: what the engine says
     about the next update.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__()
-        self.logical = 0
+        self.number, self.logical = number, 0
         self.valid: Tensor | None = None
         self.position: Tensor | None = None
         self.end: Tensor | None = None
@@ -79,10 +79,13 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; `plan` may say which of the new tokens are valid and what to hold of them."""
-        if self.reduced and getattr(running, "forward", None) is None:
+        forward = getattr(running, "forward", None)
+        if self.reduced and forward is None:
             raise UnsupportedError(
                 "this KV cache was reduced by tokenreduce, and no pipeline is attached: attach it again to go on with the cache"
             )
+        if forward is not None and forward.defers(self):
+            return key_states, value_states
         plan = self.plan or KvPlan(key_states.shape[-2])
         self.plan = None
         self.logical += plan.logical
@@ -226,7 +229,7 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
             raise UnsupportedError(
                 f"a cache with a {type(old).__name__} is not supported: token reduction needs a plain DynamicCache"
             )
-        layer = TokenLayer()
+        layer = TokenLayer(place)
         if old is not None and old.is_initialized and old.get_seq_length():
             if old.get_seq_length() != old.keys.shape[-2]:
                 raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")

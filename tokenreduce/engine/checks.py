@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenreduce.budget import Budget
@@ -12,10 +13,11 @@ from tokenreduce.engine.call import Call
 from tokenreduce.engine.sequence import Sequence
 from tokenreduce.engine.stack import in_chunked_prefill, in_compiled_call
 from tokenreduce.errors import PipelineError, UnsupportedError
+from tokenreduce.strategy import Strategy
 
 
-def refuse_model(family: str, config: Any, modules: Iterable[nn.Module]) -> None:
-    """Refuse decoders with layers other than attention, and compiled ones. modules: the model, the decoder, its layers."""
+def refuse_model(family: str, config: Any) -> None:
+    """Refuse decoders with layers other than attention."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds == {"sliding_attention"} and getattr(config, "sliding_window", None):
         kinds = set()  # Like full attention up to the window's length, which every call is held to.
@@ -24,15 +26,28 @@ def refuse_model(family: str, config: Any, modules: Iterable[nn.Module]) -> None
             f"{family}: its decoder has {', '.join(sorted(kinds))} layers, whose state does not follow reduced tokens; not "
             "supported"
         )
-    refuse_compiled(family, modules)
 
 
-def refuse_compiled(family: str, modules: Iterable[nn.Module]) -> None:
-    """Refuse torch.compile: its graphs keep the lengths and hooks that they were traced with."""
-    made = any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
-    if made or in_compiled_call():
+def compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether the call that is going on is compiled, or one of `modules`, the decoder and its layers."""
+    return in_compiled_call() or any(
+        module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in modules
+    )
+
+
+def refuse_compiled(family: str, text: nn.Module, strategies: Iterable[Strategy]) -> None:
+    """Refuse what a compiled prefill cannot be: one whose lengths only the content tells, or one that is to have gradients."""
+    for strategy in strategies:
+        if not strategy.fixed_count:
+            raise UnsupportedError(
+                f"{family}: {strategy.name} leaves a number of tokens that depends on the video, which a compiled model does not "
+                "support; call it without torch.compile"
+            )
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in text.parameters()):
         raise UnsupportedError(
-            f"{family}: a compiled model is not supported; attach to and call one without torch.compile"
+            f"{family}: gradients through a compiled model are not supported while a pipeline is attached; call it under "
+            "torch.no_grad() or torch.inference_mode()"
         )
 
 
@@ -65,7 +80,7 @@ def refuse_call(family: str, config: Any, call: Call) -> None:
 
 
 def refuse_mode(family: str, text: Any, config: Any, call: Call, modules: list[nn.Module]) -> None:
-    """Refuse what a prefill with vision tokens cannot be: recomputed, random, compiled, in chunks, or asked for its attention."""
+    """Refuse what a prefill with vision tokens cannot be: recomputed, random, in chunks, or asked for its attention."""
     if text.training:
         if any(bool(getattr(module, "gradient_checkpointing", False)) for module in modules):
             raise UnsupportedError(
@@ -82,7 +97,6 @@ def refuse_mode(family: str, text: Any, config: Any, call: Call, modules: list[n
         raise UnsupportedError(
             f"{family}: output_attentions is not supported while a pipeline is attached: layers attend to different tokens"
         )
-    refuse_compiled(family, modules)
     if in_chunked_prefill():
         raise UnsupportedError(
             f"{family}: chunked prefill (prefill_chunk_size) is not supported while a pipeline is attached: a stage must see the "

@@ -27,6 +27,8 @@ REFUSED_ATTENTION = ("softcap", "s_aux", "position_bias")
 class Forward:
     """State of one forward.
 
+    traced: whether torch.compile may trace it.
+
     Args:
         sequences: one per row; empty in a forward without vision tokens (a later turn on a reduced cache).
         layers: the adopted KV cache layers, empty without a cache.
@@ -35,6 +37,8 @@ class Forward:
         draft: last tokens of the input that assisted decoding only guesses and may take back: the stages do not know of them.
         group: the process group over which the attention heads are sharded, if they are.
     """
+
+    traced = False
 
     def __init__(
         self,
@@ -181,17 +185,16 @@ class Forward:
         if self.index is None:
             return embeddings
         if self.rotary is not embeddings or self.gathered is None:
-            self.rotary, index = embeddings, self.index
-
-            def gather(table: Tensor) -> Tensor:
-                places = index.to(table.device)
-                if len(places) == 1 and table.shape[0] == 1:
-                    return table.index_select(1, places[0])
-                table = table.expand(len(places), -1, -1)
-                return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))
-
-            self.gathered = tuple(gather(table) for table in embeddings)
+            self.rotary = embeddings
+            self.gathered = tuple(gather_table(table, self.index) for table in embeddings)
         return self.gathered
+
+    def defers(self, layer: TokenLayer) -> bool:
+        """Whether the cache layer is to leave its update for later."""
+        return False
+
+    def finish(self) -> None:
+        """After the last layer."""
 
     def past(self, layer: int, rows: int, device: torch.device) -> Tensor:
         """(B,) long: tokens of earlier turns in each row."""
@@ -300,6 +303,15 @@ class Forward:
 def _plain(kwargs: Mapping[str, Any]) -> bool:
     """Whether attention is nothing but causal."""
     return kwargs.get("position_bias") is None and kwargs.get("is_causal") is not False
+
+
+def gather_table(table: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, m) of a rotary table (1 or B, N, d)."""
+    places = index.to(table.device)
+    if len(places) == 1 and table.shape[0] == 1:
+        return table.index_select(1, places[0])
+    table = table.expand(len(places), -1, -1)
+    return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))
 
 
 def _reads(run: StageRun) -> list[Site]:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from tokenreduce.engine import tap
-from tokenreduce.errors import UnsupportedError
 
 
 class Hook:
@@ -23,10 +22,8 @@ class Hook:
         self.owner, self.method, self.extra = weakref.ref(owner), method, extra
         self.module = weakref.ref(module)
 
+    @torch.compiler.disable(reason="a token reduction begins or ends here")  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            # Ends the tracing of torch.compile here, so that the hook really runs and the call is refused by name.
-            raise UnsupportedError("a compiled model is not supported while a pipeline is attached")
         owner = self.owner()
         if owner is None or self.module() is not module:
             return None

@@ -17,29 +17,36 @@ from tokenreduce.engine.probe import probe
 from tokenreduce.errors import UnsupportedError
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that torch.compile made `module` of."""
+    return module._modules.get("_orig_mod") or module
+
+
 class Host:
     """A model and its decoder. Holds both weakly, so that a run does not keep its model alive.
 
     decoder: weak reference to the decoder. family: for messages. config, layers: of the decoder. shape: for costs. modules: id
-    of each attention module, and its layer. group: see `head_group`. implementation: of the attention, below the tap.
-    has_head: whether logits are made.
+    of each attention module, and its layer. attention: the module of each layer. group: see `head_group`. implementation: of the
+    attention, below the tap. has_head: whether logits are made.
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
-        text: Any = adapter.text_model(model)
+        text: Any = uncompiled(adapter.text_model(model))
         self._model, self.decoder, self.adapter = weakref.ref(model), weakref.ref(text), adapter
         self.family = f"{type(model).__name__} ({adapter.name})"
         self.config: Any = text.config
-        self.layers: list[nn.Module] = list(text.layers)[: self.config.num_hidden_layers]
-        refuse_model(self.family, self.config, self.compilable())
+        self.layers = [uncompiled(layer) for layer in text.layers[: self.config.num_hidden_layers]]
+        refuse_model(self.family, self.config)
         self.shape = cost.DecoderShape.from_config(self.config)
         self.cache_bytes = next(text.parameters()).element_size()
-        self.modules = {
-            id(module): number
+        attention = {
+            module: number
             for number, layer in enumerate(self.layers)
             for module in layer.modules()
             if getattr(module, "layer_idx", None) is not None and hasattr(module, "config")
         }
+        self.attention = {number: module for module, number in attention.items()}
+        self.modules = {id(module): number for module, number in attention.items()}
         self.group = head_group(self.layers[0])
         # A copy of an attached model is dense, but its configuration still names the tap.
         self.implementation = str(self.config._attn_implementation).removeprefix(tap.PREFIX)
@@ -67,8 +74,8 @@ class Host:
         """Whether the decoder's attention goes through the tap."""
         return bool(self.config._attn_implementation == tap.PREFIX + self.implementation)
 
-    def compilable(self) -> list[nn.Module]:
-        """The modules that a user may have compiled."""
+    def recomputable(self) -> list[nn.Module]:
+        """The modules that may be asked to recompute their forward for a gradient."""
         return [self.model, self.text, *self.layers]
 
     def pairs(self, numbers: list[int]) -> dict[int, FfnPair]:

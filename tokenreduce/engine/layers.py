@@ -65,65 +65,81 @@ class LayerHooks:
     def enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Before a layer: its `pre_attention` and `kv` stages, and what else must follow the tokens."""
         forward = self.current()
-        if forward is None:
-            return None
-        x = args[0] if args else kwargs["hidden_states"]
-        changed = forward.visit(Site(number, "pre_attention"), x)
-        self._observe(forward)
-        x = x if changed is None else changed
-        forward.enter_attention(number, x)
-        self._observe(forward)
-        if forward.index is None:
-            return None
-        for name, value in kwargs.items():
-            per_token = isinstance(value, Tensor) and value.dim() > 1 and forward.width in value.shape[:3]
-            if per_token and name not in FOLLOWING:
-                raise UnsupportedError(
-                    f"{self.family}: its layers take {name}, one per token, which cannot follow reduced tokens"
-                )
-        # Positions with gaps would look like packed sequences to flash attention.
-        rotary = forward.rotate(kwargs["position_embeddings"])
-        kwargs = {**kwargs, "position_embeddings": rotary, "position_ids": None}
-        if args:
-            return (x, *args[1:]), kwargs
-        kwargs["hidden_states"] = x
-        return args, kwargs
+        return None if forward is None else enter_layer(forward, number, self.family, args, kwargs)
 
     def enter_ffn(self, number: int, module: nn.Module, args: Any) -> Any:
         """Before the FFN: its `pre_ffn` stages."""
         forward = self.current()
-        if forward is None:
-            return None
-        forward.ffn = forward.visit(Site(number, "pre_ffn"), args[0])
-        self._observe(forward)
-        return None if forward.ffn is None else (forward.ffn, *args[1:])
+        return None if forward is None else enter_ffn(forward, number, args)
 
     def leave_ffn(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """After the FFN of a layer whose tokens were reduced before it: keep its output for `leave_layer`.
-
-        The layer adds what is returned here to the tokens it still has; `leave_layer` puts the real sum in its place.
-        """
+        """After the FFN of a layer whose tokens were reduced before it."""
         forward = self.current()
-        if forward is None or forward.ffn is None:
-            return None
-        forward.ffn_output = output[0] if isinstance(output, tuple) else output
-        nothing = forward.ffn_output.new_zeros(1, 1, forward.ffn_output.shape[-1])
-        return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
+        return None if forward is None else leave_ffn(forward, output)
 
     def leave_layer(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
         """After a layer: the residual stream of the tokens that are left."""
         forward = self.current()
-        if forward is None:
-            return None
-        state = output[0] if isinstance(output, tuple) else output
-        if forward.ffn is not None and forward.ffn_output is not None:
-            state = forward.ffn + forward.ffn_output
-            forward.ffn = forward.ffn_output = None
-        state = forward.leave_layer(number, state)
-        return (state, *output[1:]) if isinstance(output, tuple) else state
+        return None if forward is None else leave_layer(forward, number, output)
 
-    def _observe(self, forward: Forward) -> None:
-        """Tell the observers what the stages just did."""
+
+def enter_layer(forward: Forward, number: int, family: str, args: Any, kwargs: Any) -> Any:
+    """Arguments of a layer, reduced by its `pre_attention` stages, with all that must follow the tokens; None as they are."""
+    x = args[0] if args else kwargs["hidden_states"]
+    changed = forward.visit(Site(number, "pre_attention"), x)
+    tell(forward)
+    x = x if changed is None else changed
+    forward.enter_attention(number, x)
+    tell(forward)
+    if forward.index is None:
+        return None
+    for name, value in kwargs.items():
+        per_token = isinstance(value, Tensor) and value.dim() > 1 and forward.width in value.shape[:3]
+        if per_token and name not in FOLLOWING:
+            raise UnsupportedError(
+                f"{family}: its layers take {name}, one per token, which cannot follow reduced tokens"
+            )
+    # Positions with gaps would look like packed sequences to flash attention.
+    rotary = forward.rotate(kwargs["position_embeddings"])
+    kwargs = {**kwargs, "position_embeddings": rotary, "position_ids": None}
+    if args:
+        return (x, *args[1:]), kwargs
+    kwargs["hidden_states"] = x
+    return args, kwargs
+
+
+def enter_ffn(forward: Forward, number: int, args: Any) -> Any:
+    """Arguments of the FFN's entry, reduced by its `pre_ffn` stages; None as they are."""
+    forward.ffn = forward.visit(Site(number, "pre_ffn"), args[0])
+    tell(forward)
+    return None if forward.ffn is None else (forward.ffn, *args[1:])
+
+
+def leave_ffn(forward: Forward, output: Any) -> Any:
+    """Keep the output of an FFN before which tokens were reduced for `leave_layer`.
+
+    The layer adds what is returned here to the tokens it still has; `leave_layer` puts the real sum in its place.
+    """
+    if forward.ffn is None:
+        return None
+    forward.ffn_output = output[0] if isinstance(output, tuple) else output
+    nothing = forward.ffn_output.new_zeros(1, 1, forward.ffn_output.shape[-1])
+    return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
+
+
+def leave_layer(forward: Forward, number: int, output: Any) -> Any:
+    """Output of a layer for the tokens that are left."""
+    state = output[0] if isinstance(output, tuple) else output
+    if forward.ffn is not None and forward.ffn_output is not None:
+        state = forward.ffn + forward.ffn_output
+        forward.ffn = forward.ffn_output = None
+    state = forward.leave_layer(number, state)
+    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
+def tell(forward: Forward) -> None:
+    """Tell the observers what the stages of `forward` just did."""
+    if forward.unseen:
         events, forward.unseen = forward.unseen, []
         observe(events)
 

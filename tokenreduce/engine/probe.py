@@ -76,7 +76,7 @@ def probe(
     try:
         text.eval()
         running.forward = spy
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             text(inputs_embeds=_noise(text), use_cache=False)
     finally:
         running.forward = before

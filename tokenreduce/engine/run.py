@@ -14,13 +14,15 @@ from tokenreduce.budget import Account
 from tokenreduce.engine import call as calls
 from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, running, token_layers
 from tokenreduce.engine.call import Call
-from tokenreduce.engine.checks import check_ran, check_spent, refuse_call, refuse_mode
+from tokenreduce.engine.checks import check_ran, check_spent, compiled, refuse_call, refuse_compiled, refuse_mode
+from tokenreduce.engine.compiled import CompiledForward
 from tokenreduce.engine.forward import Forward
 from tokenreduce.engine.host import Host
 from tokenreduce.engine.layers import LayerHooks
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
+from tokenreduce.engine.traced import TracedHooks
 from tokenreduce.engine.vision import NoTower, TowerHooks
 from tokenreduce.engine.waiting import wait_for_others
 from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
@@ -97,6 +99,7 @@ class Run:
             self._active.clear()
             self._layer_hooks.remove()
             self._tower.remove()
+            self._traced_hooks.remove()
             self.host.give_back()
             text = self.host.decoder()
             if text is not None:
@@ -125,6 +128,7 @@ class Run:
         self._kv_sites = any(site.kind == "kv" for site in sites)
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._layer_hooks = LayerHooks(host.layers, pairs, self._current, host.family)
+        self._traced_hooks = TracedHooks(host.layers, pairs)
         host.take(self, pairs)
         self._tower.install()
         attached[host.text] = self
@@ -183,7 +187,9 @@ class Run:
         if call.cache is not None:
             refuse_cache(call.cache)
         refuse_call(self.host.family, self.host.config, call)
-        refuse_mode(self.host.family, text, self.host.config, call, self.host.compilable())
+        refuse_mode(self.host.family, text, self.host.config, call, self.host.recomputable())
+        if self._compiled():
+            refuse_compiled(self.host.family, text, self.strategies)
         if self._kv_sites and call.past and call.valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
         sequences = calls.sequences(call, layout, self._reducible(layout), self.strategies, self._account)
@@ -233,25 +239,33 @@ class Run:
     def _forward(
         self, call: Call, sequences: list[Sequence], layers: list[TokenLayer], deepstack: list[Tensor]
     ) -> Forward:
-        return Forward(
-            sequences=sequences,
-            layers=layers,
-            modules=self.host.modules,
-            implementation=self.host.implementation,
-            config=self.host.config,
-            width=call.width,
-            valid=call.valid if sequences else None,
-            deepstack=deepstack,
-            draft=call.draft if sequences else 0,
-            group=self.host.group,
+        facts: dict[str, Any] = {
+            "sequences": sequences,
+            "layers": layers,
+            "modules": self.host.modules,
+            "implementation": self.host.implementation,
+            "config": self.host.config,
+            "width": call.width,
+            "valid": call.valid if sequences else None,
+            "deepstack": deepstack,
+            "draft": call.draft if sequences else 0,
+            "group": self.host.group,
+        }
+        if not self._compiled():
+            return Forward(**facts)
+        return CompiledForward(
+            family=self.host.family, strategies=self.strategies, attention_modules=self.host.attention, **facts
         )
+
+    def _compiled(self) -> bool:
+        return compiled([self.host.text, *self.host.layers])
 
     def _start(self, forward: Forward) -> None:
         with self._lock:
             # In one step, so that a thread that ends here cannot take the hooks off in between.
             self._active[_me()] = forward
             if forward.sequences:
-                self._layer_hooks.install()
+                (self._traced_hooks if isinstance(forward, CompiledForward) else self._layer_hooks).install()
         running.forward = forward
 
     def _release(self) -> None:
@@ -260,10 +274,12 @@ class Run:
             self._active.pop(_me(), None)
             if not any(forward.sequences for forward in self._active.values()):
                 self._layer_hooks.remove()
+                self._traced_hooks.remove()
 
     def _current(self) -> Forward | None:
         forward = self._active.get(_me())
-        return forward if forward is not None and forward.sequences else None
+        eager = forward is not None and forward.sequences and not isinstance(forward, CompiledForward)
+        return forward if eager else None
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder, also when it raised: drop the state, and write the trace."""
@@ -276,6 +292,7 @@ class Run:
         self._fresh = False
         total = [s.total for s in forward.sequences]
         layers = self.shape.layers
+        forward.finish()
         check_ran(self.host.family, layers, forward.sequences)
         trace = receipt(
             forward,

@@ -49,6 +49,7 @@ class Conductor:
         self.account = account
         depth = account.shape.layers
         self.depth = depth
+        self.asked: list[tuple[Site, StageRun]] = []
         self.runs = [StageRun(strategy, strategy.schedule(depth)) for strategy in strategies]
 
     def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
@@ -94,6 +95,7 @@ class Conductor:
     ) -> None:
         """Take note of what the stage did at `site`."""
         run.acted = True
+        self.asked.append((site, run))
         run.note = note or run.note
         place = self.runs.index(run)
         if finished or run.strategy.once or not run.after(site):

@@ -254,7 +254,11 @@ class Stream(Run):
         self._ready()
         call = replace(Call.read(args, kwargs, None), width=piece.logical)
         refuse_call(self.host.family, self.host.config, call)
-        refuse_mode(self.host.family, text, self.host.config, call, self.host.compilable())
+        refuse_mode(self.host.family, text, self.host.config, call, self.host.recomputable())
+        if self._compiled():
+            raise UnsupportedError(
+                f"{self.host.family}: a stream does not support a compiled model; feed one without torch.compile"
+            )
         # transformers takes a 4-D mask as it is; one of its own would be as wide as the sequence is long.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=call.device)
         columns = torch.arange(piece.logical, device=call.device)

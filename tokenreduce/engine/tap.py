@@ -40,15 +40,16 @@ def _tap(implementation: str) -> Attention:
     def attention(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        base = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
-        if base is None:
-            # Eager attention belongs to the family: its own module has it.
-            base = sys.modules[type(module).__module__].eager_attention_forward
+        base = attention_below(implementation, module)
         forward = getattr(running, "forward", None)
         layer = None if forward is None else forward.attention_layer(module)
         if forward is None or layer is None:
             return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-        return forward.attend(layer, base, module, query, key, value, attention_mask, kwargs)  # type: ignore[no-any-return]
+        attend = forward.attend
+        if torch.compiler.is_compiling() and not forward.traced:
+            # Only a part of a layer is compiled.
+            attend = torch.compiler.disable(attend)
+        return attend(layer, base, module, query, key, value, attention_mask, kwargs)  # type: ignore[no-any-return]
 
     return attention
 
@@ -98,6 +99,15 @@ class _Watch(TorchDispatchMode):
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
             self.parts.append(out[1])
         return out
+
+
+def attention_below(implementation: str, module: torch.nn.Module) -> Attention:
+    """The attention function that the tap is around."""
+    base = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
+    if base is None:
+        # Eager attention belongs to the family: its own module has it.
+        base = sys.modules[type(module).__module__].eager_attention_forward
+    return base  # type: ignore[no-any-return]
 
 
 def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, valid: Tensor | None) -> Tensor | None:

@@ -86,6 +86,11 @@ class SimilarityMerge(Strategy):
         layers = [site.layer for site in super().schedule(depth)]
         return [Site(layers[0], "pre_attention"), *(Site(layer, "pre_ffn") for layer in layers)]
 
+    @property
+    def fixed_count(self) -> bool:
+        """Without a threshold the count is given."""
+        return self.config.threshold is None
+
     def needs_budget(self) -> bool:
         """Only where neither a threshold nor a share tells how much to merge."""
         return self.config.threshold is None and self.config.keep is None
