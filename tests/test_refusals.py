@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -142,31 +141,6 @@ def test_output_attentions(attention: str) -> None:
         model.config.output_attentions = True
         with tr.reduce(model, "random", budget=SHARE, layout=layout()), pytest.raises(UnsupportedError, match=match):
             model.model(input_ids=prompt())
-
-
-def test_compiled_models() -> None:
-    match = "a compiled model is not supported; attach to and call one without torch.compile"
-    model = tiny_model()
-    compiled = torch.compile(model, backend="eager")
-    with pytest.raises(UnsupportedError, match=match):
-        tr.attach(compiled, "random", budget=SHARE, layout=layout())
-    assert hooks(model) == 0
-    for part in (model, model.model, model.model.layers[1]):
-        part.compile(backend="eager")
-        with pytest.raises(UnsupportedError, match=match):
-            tr.attach(model, "random", budget=SHARE, layout=layout())
-        part._compiled_call_impl = None
-    with tr.reduce(model, "random", budget=SHARE, layout=layout()):
-        model.model.layers[1].compile(backend="eager")
-        with pytest.raises(UnsupportedError, match=match):
-            forward(model)
-        model.model.layers[1]._compiled_call_impl = None
-        expected = forward(model)
-        with warnings.catch_warnings(action="ignore"):  # The compiler's own, about what it cannot trace.
-            compiled = torch.compile(model, backend="eager")
-            with pytest.raises(UnsupportedError, match=match):
-                forward(compiled)
-        assert torch.equal(forward(model), expected)
 
 
 # Families -------------------------------------------------------------------------------------------------------------
