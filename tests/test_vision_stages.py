@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import tokenreduce as tr
 from tokenreduce import plugins
 from tokenreduce.errors import (
+    LayoutError,
     NotFiredError,
     PipelineError,
     PluginError,

@@ -10,6 +10,10 @@ tap.py       the way into attention: masks, importance, spans
 parallel.py  attention heads that are spread over several processes
 hooks.py     hooks that do no harm on copies, in pickles and after detach
 layers.py    the hooks inside the layers, on while a forward reduces
+compiled.py  one forward of a compiled model
+steps.py     what a compiled graph knows of a forward before it runs
+operators.py the operators that act for the engine in a graph
+traced.py    the hooks inside the layers of a compiled model
 host.py      the model: its facts, the hooks around its decoder, its configuration
 probe.py     proves on the real layers what an adapter says about them
 vision.py    stages in the vision tower

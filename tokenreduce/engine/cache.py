@@ -48,8 +48,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
 
     number: of the decoder layer. logical: tokens seen, as transformers counts. valid: (B, held) bool, None if none is padding.
     position: (B, held) long, place of each token in its sequence, kept only where a span or a merge at a `kv` site needs it, and
-    with it end: (B,) long, the place of the next token; window: (B,) long and sinks, the span that later queries see. plan: what the engine says
-    about the next update.
+    with it end: (B,) long, the place of the next token; window: (B,) long and sinks, the span that later queries see. plan:
+    what the engine says about the next update.
     """
 
     keys: Tensor

@@ -9,60 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tokenreduce.budget import Account
 from tokenreduce.engine import operators
 from tokenreduce.engine.cache import KvPlan, TokenLayer
 from tokenreduce.engine.forward import REFUSED_ATTENTION, Forward, gather_table
 from tokenreduce.engine.layers import tell
-from tokenreduce.engine.schedule import attend, forecast
-from tokenreduce.engine.sequence import Sequence
+from tokenreduce.engine.schedule import attend
+from tokenreduce.engine.steps import MOMENTS, chain
 from tokenreduce.engine.tap import Attention, RowSums, attention_below, causal_mask
 from tokenreduce.errors import PipelineError, UnsupportedError
-from tokenreduce.strategy import Site, SiteKind, Strategy
-
-MOMENTS: tuple[SiteKind | None, ...] = ("pre_attention", "kv", "pre_ffn", None)
-"""What a layer passes, in order: its sites, and its end."""
-
-
-@dataclass
-class Visit:
-    """What the graph knows of a site where stages act. layer, moment: the site. counts: tokens of each row afterwards.
-
-    padded: whether rows then differ in length. changes: whether any token goes. reads: whether a stage reads attention there.
-    """
-
-    layer: int
-    moment: int
-    counts: list[int]
-    padded: bool
-    changes: bool
-    reads: bool
-
-
-@dataclass
-class Step:
-    """One layer: what happens before its attention and before its FFN, whether deepstack rows come after it, and what follows.
-
-    Layers are a chain and not a numbered list, so that layers in which the same happens share one graph.
-    """
-
-    number: int
-    before: Visit | None
-    ffn: Visit | None
-    deep: bool
-    following: Step | None
-
-    @property
-    def read(self) -> bool:
-        """Whether the next stage reads the attention of this layer."""
-        after = None if self.following is None else self.following.before
-        return (self.ffn is not None and self.ffn.reads) or (after is not None and after.reads)
+from tokenreduce.strategy import Site, Strategy
 
 
 class CompiledForward(Forward):
@@ -81,7 +40,7 @@ class CompiledForward(Forward):
         super().__init__(**facts)
         self.family, self.attention_modules = family, attention_modules
         self.opaque = self.kv_sites or any(layer.position is not None for layer in self.layers)
-        self.step = _steps(self, strategies) if self.sequences else None
+        self.step = chain(self.sequences, strategies, len(self.deepstack)) if self.sequences else None
         self.held: TokenLayer | None = None
         self.read: tuple[Tensor, Tensor, Tensor | None, float] | None = None
         self.input: Tensor | None = None
@@ -277,37 +236,3 @@ class CompiledForward(Forward):
         """Account for the layers that ran since the last operator."""
         if self.step is not None:
             self.catch_up(self.step.number + 1, 0)
-
-
-def _steps(forward: CompiledForward, strategies: Many[Strategy]) -> Step:
-    """The step that leads to layer 0, from a forecast of all counts."""
-    sequences = forward.sequences
-    conductors = [_forecast(sequence, strategies if sequence.conductor.runs else ()) for sequence in sequences]
-    asked: dict[Site, bool] = {}
-    for conductor in conductors:
-        for site, run in conductor.asked:
-            asked[site] = asked.get(site, False) or run.strategy.capabilities.attention
-    accounts = [conductor.account for conductor in conductors]
-    depth = accounts[0].shape.layers
-    before, visits = [len(sequence) for sequence in sequences], {}
-    for layer in range(depth):
-        for moment in (0, 2):
-            counts = [(account.ffn if moment else account.attn)[layer] for account in accounts]
-            site = Site(layer, MOMENTS[moment])  # type: ignore[arg-type]
-            if site in asked:
-                visits[layer, moment] = Visit(
-                    layer, moment, counts, len(set(counts)) > 1, counts != before, asked[site]
-                )
-            before = counts
-    step: Step | None = None
-    for layer in reversed(range(depth)):
-        step = Step(layer, visits.get((layer, 0)), visits.get((layer, 2)), layer < len(forward.deepstack), step)
-    return Step(-1, None, None, False, step)
-
-
-def _forecast(sequence: Sequence, strategies: Many[Strategy]) -> Any:
-    """The counts of `sequence` in every layer, as `tokenreduce plan` knows them."""
-    own = sequence.conductor.account
-    account = Account(own.budget, own.shape, own.total, own.reducible, own.cache_bytes)
-    frames = torch.stack([sequence.medium, sequence.frame])[:, sequence.reducible].unique(dim=1).shape[1]
-    return forecast(strategies, account, frames=max(frames, 1))

@@ -98,6 +98,8 @@ class Host:
             self.config._attn_implementation_internal = tap.tapped(self.implementation)
             probe(self.text, self.family, self.layers, pairs, self.modules)
             self._hook(run)
+            for module in self.attention.values():
+                module.__dict__[tap.ATTACHED] = True
         except BaseException:
             self.give_back()
             raise
@@ -108,6 +110,8 @@ class Host:
         for handle in handles:
             handle.remove()
         self.config._attn_implementation_internal = self.implementation
+        for module in self.attention.values():
+            module.__dict__.pop(tap.ATTACHED, None)
 
     def _hook(self, run: Any) -> None:
         model, text, handles = self.model, self.text, self._handles

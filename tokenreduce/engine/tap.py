@@ -20,6 +20,8 @@ from tokenreduce.engine.cache import TokenLayer, running
 from tokenreduce.errors import UnsupportedError
 
 PREFIX = "tokenreduce_"
+ATTACHED = "_tokenreduce_attached"
+"""An attribute that attention modules have while a pipeline is attached."""
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -41,6 +43,9 @@ def _tap(implementation: str) -> Attention:
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         base = attention_below(implementation, module)
+        if torch.compiler.is_compiling():
+            # Guards a graph without a pipeline: hooks that come later do not, and models may share one configuration.
+            getattr(module, ATTACHED, False)
         forward = getattr(running, "forward", None)
         layer = None if forward is None else forward.attention_layer(module)
         if forward is None or layer is None:
