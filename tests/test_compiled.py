@@ -262,11 +262,10 @@ def test_streams() -> None:
     subject = tiny_model()
     subject.model.compile(backend=Counter())
     plan = {"stages": [{"strategy": "streaming_window", "window": 12}]}
-    with (
-        tr.stream(subject, plan, width=8) as stream,
-        pytest.raises(UnsupportedError, match="a stream does not support a compiled model"),
-    ):
+    with tr.stream(subject, plan, width=8) as stream:
         stream.feed_text(prompt())
+        with pytest.raises(UnsupportedError, match="a stream does not support a compiled model"):
+            stream.finish()
 
 
 def test_a_forecast_that_does_not_come_true() -> None:
