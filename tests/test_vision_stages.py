@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import tokenreduce as tr
 from tokenreduce import plugins
 from tokenreduce.errors import (
-    LayoutError,
     NotFiredError,
     PipelineError,
     PluginError,
