@@ -491,3 +491,24 @@ def test_the_config_of_a_vision_strategy_is_checked() -> None:
 
     with pytest.raises(PluginError, match=r"must be a subclass of tokenreduce\.vision\.VisionStageConfig"):
         plugins._checked_strategy(Worse, "here")
+
+
+def test_a_video_is_not_compared_with_its_neighbours_in_the_batch() -> None:
+    family = FAMILIES["llava_onevision"]
+    model = family.model()
+    rows = [[Text(4), Video(4), Text(3)], [Text(2), Video(4), Text(5)]]
+    inputs = dict(family.sample(rows).inputs)
+    pixels = inputs["pixel_values_videos"]
+    pixels[1] = pixels[0, -1:]  # The second video stands still, at the last frame of the first.
+    _, _, trace = run(model, inputs, {"strategy": "frame_reuse", "threshold": 0.01})
+    assert (trace.stages[0].before, trace.stages[0].after) == (8, 5)
+    _, _, trace = run(model, inputs, {"strategy": "frame_reuse", "threshold": 0.0})
+    assert trace.stages[0].after == 4  # Bit for bit the same: then it does not matter whose it is.
+
+
+def test_frames_of_a_batch_that_nobody_can_tell_apart() -> None:
+    family = FAMILIES["internvl"]
+    model = family.model()
+    inputs = dict(family.sample([[Text(4), Video(4), Text(3)], [Text(2), Video(4), Text(5)]]).inputs)
+    with pytest.raises(UnsupportedError, match="set `threshold: 0`, or give the videos one by one"):
+        run(model, inputs, {"strategy": "frame_reuse", "threshold": 0.01})

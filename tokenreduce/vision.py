@@ -106,6 +106,9 @@ class VisionStrategy(ABC):
     proportional: bool = False
     """Whether attention in the blocks that follow counts a token as often as the patches that it stands for."""
 
+    lossless: bool = False
+    """Whether frames stand only for frames that are the same bit for bit."""
+
     def __init__(self, config: VisionStageConfig) -> None:
         self.config = config
 

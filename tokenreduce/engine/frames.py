@@ -41,8 +41,12 @@ class Frames:
         return [cut.reshape(frames, rows * columns, -1)]
 
     def reduce(self, reductions: list[Reduction]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The tower's arguments without the frames that others stand for. reductions: of (1, F) frames, one per group."""
-        kept, self.source = _kept(reductions[0])
+        """The tower's arguments without the frames that others stand for. reductions: of (1, F) frames, of one video each."""
+        starts, begin = [], 0
+        for reduction in reductions:
+            starts.append(reduction.target + begin)
+            begin += reduction.target.shape[1]
+        kept, self.source = _kept(Reduction(torch.cat(starts, 1)))
         self.count = len(kept)
         return self._with(self.pixels[kept])
 

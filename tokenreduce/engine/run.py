@@ -164,10 +164,8 @@ class Run:
             self._local.prompt = Prompt(ids, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs)
         elif module is self.host.model:
             self._local.prompt = None  # Left by a call that failed before it came to the decoder.
-        if module is self.host.model and any(
-            kwargs.get(name) is not None for name in kwargs if name.startswith("pixel_")
-        ):
-            self._tower.forget()
+        if module is self.host.model:
+            self._tower.expect(1 if ids is None else len(ids), kwargs)
         if kwargs.get("labels") is not None:
             raise UnsupportedError(
                 "labels are not supported while a pipeline is attached: the logits are those of the kept tokens"

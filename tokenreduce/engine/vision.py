@@ -58,8 +58,8 @@ class NoTower:
         """What the stages did in this thread since the last prefill with vision tokens."""
         return []
 
-    def forget(self) -> None:
-        """A call begins that brings pixels: what the tower did in this thread before, for a call that failed, is not its own."""
+    def expect(self, rows: int, kwargs: Mapping[str, Any]) -> None:
+        """A call of the model begins, with these arguments."""
 
 
 class TowerHooks(NoTower):
@@ -127,9 +127,12 @@ class TowerHooks(NoTower):
             )
         return events
 
-    def forget(self) -> None:
-        """See NoTower."""
-        self._local.events = []
+    def expect(self, rows: int, kwargs: Mapping[str, Any]) -> None:
+        """See NoTower. What the tower did in this thread before, for a call that failed, is not this one's."""
+        pixels = [x for name, x in kwargs.items() if name.startswith("pixel_") and isinstance(x, Tensor)]
+        if pixels:
+            self._local.events = []
+        self._local.rows, self._local.videos = rows, [x.shape[:2] for x in pixels if x.dim() == 5]
 
     # One call of the tower --------------------------------------------------------------------------------------------
 
@@ -143,12 +146,26 @@ class TowerHooks(NoTower):
         self.busy.add(threading.get_ident())
         self._local.visit, self._local.told = _Visit(frames), []
         for strategy in self._at(INPUT):
-            decisions = [self._frame_decision(strategy, group) for group in frames.groups]
+            groups = [video for group in frames.groups for video in self._videos(strategy, group)]
+            decisions = [self._frame_decision(strategy, video) for video in groups]
             total, kept = sum(len(d.target[0]) for d in decisions), sum(int(d.kept.sum()) for d in decisions)
             self._note(strategy, INPUT, total, kept, "frames")
             if kept < total:
                 return frames.reduce(decisions)
         return None
+
+    def _videos(self, strategy: VisionStrategy, group: Tensor) -> list[Tensor]:
+        """The videos of a batch that came to the tower as one: what becomes of a row must not depend on the others."""
+        rows, videos = getattr(self._local, "rows", 1), getattr(self._local, "videos", [])
+        if rows == 1 or strategy.lossless or self.tower.grid is not None:
+            return [group]
+        frames = next((frames for count, frames in videos if count * frames == len(group)), None)
+        if frames is None:
+            raise UnsupportedError(
+                f"{self.family}: its vision tower is given the frames of all rows without saying whose they are, so "
+                f"{strategy.name} cannot act on a batch; set `threshold: 0`, or give the videos one by one"
+            )
+        return list(group.split(frames))
 
     def _frame_decision(self, strategy: VisionStrategy, group: Tensor) -> Reduction:
         count, n, _ = group.shape

@@ -21,7 +21,8 @@ class FrameReuse(VisionStrategy):
 
     The difference of two frames is the mean absolute difference of the pixels within a patch, of the patch where it is largest:
     a mean over the whole frame would lose a moving digit. Because frames are held to the last *encoded* one, slow changes do
-    not add up unseen. Frames of a batch are compared in the order in which the tower gets them.
+    not add up unseen. Videos of a batch
+    are looked at one by one.
     """
 
     name = "frame_reuse"
@@ -39,6 +40,10 @@ class FrameReuse(VisionStrategy):
         )
 
     config: Config
+
+    def __init__(self, config: VisionStageConfig) -> None:
+        super().__init__(config)
+        self.lossless = self.config.threshold == 0
 
     def decide(self, ctx: VisionContext) -> Reduction:
         """See the class. One device synchronisation for all frames."""
