@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE))
 from harness import Options, machine  # noqa: E402
 
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-CASES = ("prefill", "overhead", "importance", "batch", "memory", "end_to_end", "compiled", "scale")
+CASES = ("prefill", "prefill_bf16", "overhead", "importance", "batch", "memory", "end_to_end", "compiled", "scale")
 """In the order of docs/benchmarks.md."""
 
 

@@ -207,8 +207,9 @@ def test_weights_of_the_known_models_are_those_of_the_class(name: str, parameter
 
 def floats_in_sight(model: Any, decoder: Any, inputs: Any) -> tuple[int, int]:
     """Elements of the decoder's embeddings, and of what else of the tower's making is alive when the decoder begins."""
-    pixels = {value.untyped_storage()._cdata for value in inputs.values() if isinstance(value, torch.Tensor)}
-    known = pixels | {parameter.untyped_storage()._cdata for parameter in (*model.parameters(), *model.buffers())}
+    gc.collect()
+    known = {thing.untyped_storage()._cdata for thing in gc.get_objects() if type(thing) is torch.Tensor}
+    known |= {parameter.untyped_storage()._cdata for parameter in (*model.parameters(), *model.buffers())}
     seen: list[tuple[int, int]] = []
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
@@ -220,7 +221,6 @@ def floats_in_sight(model: Any, decoder: Any, inputs: Any) -> tuple[int, int]:
         own = embeds.untyped_storage()._cdata
         seen.append((embeds.numel(), sum(size for key, size in sizes.items() if key not in known | {own})))
 
-    gc.collect()
     handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
     with torch.no_grad():
         model(**inputs)
