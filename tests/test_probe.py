@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from families import TEXT
-from tiny import assert_same, layout, logits, snapshot, tiny_model
+from tiny import SHARE, assert_same, layout, logits, snapshot, tiny_model
 from tokenreduce_adapters.decoder import DecoderAdapter
 from torch import nn
 
@@ -137,3 +137,25 @@ def test_it_runs_in_the_models_own_precision() -> None:
 def test_an_unknown_attention_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="'paged\\|nothing' makes no masks that token reduction knows"):
         tap.tapped("paged|nothing")
+
+
+def test_a_decoder_is_probed_once_as_long_as_it_stays_the_same() -> None:
+    model = tiny_model()
+    calls: list[object] = []
+
+    handle = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append("layer"))
+    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    assert calls == ["layer"]
+    tr.attach(model, "prune_only", budget=SHARE, layout=layout()).detach()
+    assert calls == ["layer"] * 2  # Its stage is in another layer.
+    layer = model.model.layers[1]
+    other = layer.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(UnsupportedError, match="not x"):
+        tr.attach(model, "framefusion", budget=SHARE, layout=layout())
+    other.remove()
+    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs) * 2
+    with pytest.raises(UnsupportedError, match="not x"):
+        tr.attach(model, "framefusion", budget=SHARE, layout=layout())
+    handle.remove()

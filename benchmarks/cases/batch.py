@@ -17,12 +17,12 @@ TITLE = f"Batch of {ROWS}: {LAYERS} layers of width {HIDDEN}, C = 0.3"
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Batches of equally long videos, and of videos of 8, 12, 16 and 20 frames with left padding."""
-    frames = 4 if options.quick else 20
+    """Batches of equally long videos, and of videos of 3, 6, 9 and 12 frames with left padding."""
+    frames = 4 if options.quick else 12
     return {
         "layers": LAYERS,
-        "equal": _batch([frames] * ROWS, 2 if options.quick else 5),
-        "padded": _batch([frames * (i + 1) // ROWS for i in range(ROWS)], 2 if options.quick else 5),
+        "equal": _batch([frames] * ROWS, 2 if options.quick else 3),
+        "padded": _batch([frames * (i + 1) // ROWS for i in range(ROWS)], 2 if options.quick else 3),
     }
 
 

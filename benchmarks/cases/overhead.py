@@ -21,14 +21,14 @@ READ_ALL = {"name": "keep all, attention read", "budget": 1.0, "stages": [{"stra
 def measure(options: Options) -> dict[str, Any]:
     """Prefill and decode steps, attached and not, step by step in turns on one model."""
     model = decoder(LAYERS)
-    embeds, layout = video(4 if options.quick else 10)
+    embeds, layout = video(2 if options.quick else 4)
     return {
         "layers": LAYERS,
         "tokens": embeds.shape[1],
         "hooks": {pipeline["name"]: _hooks(model, pipeline, layout) for pipeline in (EMPTY, KEEP_ALL)},
-        "prefill": [_prefill(model, embeds, layout, p, 2 if options.quick else 7) for p in (EMPTY, KEEP_ALL, READ_ALL)],
+        "prefill": [_prefill(model, embeds, layout, p, 2 if options.quick else 5) for p in (EMPTY, KEEP_ALL, READ_ALL)],
         "decode": [
-            _decode(model, embeds, layout, p, 20 if options.quick else 200) for p in (EMPTY, KEEP_ALL, READ_ALL)
+            _decode(model, embeds, layout, p, 20 if options.quick else 100) for p in (EMPTY, KEEP_ALL, READ_ALL)
         ],
     }
 

@@ -6,7 +6,8 @@ forward.py   one forward of one attachment: batches, rotary positions, masks, de
 kv.py        stages at `kv` sites
 receipt.py   the trace of a forward that has ended
 cache.py     KV cache layers that hold their own tokens and report logical lengths
-tap.py       the way into attention: masks, importance, spans
+reading.py   how much attention each token received
+tap.py       the way into attention: masks, row sums, spans
 parallel.py  attention heads that are spread over several processes
 hooks.py     hooks that do no harm on copies, in pickles and after detach
 layers.py    the hooks inside the layers, on while a forward reduces

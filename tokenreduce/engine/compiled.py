@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tokenreduce.engine import operators
 from tokenreduce.engine.cache import KvPlan, TokenLayer
-from tokenreduce.engine.forward import REFUSED_ATTENTION, Forward, gather_table
+from tokenreduce.engine.forward import Forward, gather_table
 from tokenreduce.engine.layers import tell
+from tokenreduce.engine.reading import REFUSED_ATTENTION, Reading
 from tokenreduce.engine.schedule import attend
 from tokenreduce.engine.steps import MOMENTS, chain
 from tokenreduce.engine.tap import Attention, RowSums, attention_below, causal_mask
@@ -155,7 +156,7 @@ class CompiledForward(Forward):
         before = None if lent is None else lent.valid
         try:
             if query is not None and key is not None:
-                self.attention = (source, query, key, scale, RowSums())
+                self.attention = Reading(source, query, key, scale, RowSums())
             if lent is not None:
                 lent.valid = valid
             out = super().visit(site, x.clone())

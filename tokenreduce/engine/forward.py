@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from tokenreduce.budget import SPAN_BLOCK
 from tokenreduce.engine.cache import KvPlan, TokenLayer
 from tokenreduce.engine.kv import plan_kv
-from tokenreduce.engine.parallel import over_ranks, total_heads
+from tokenreduce.engine.reading import Reading, reading_sites
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
-from tokenreduce.engine.tap import Attention, RowSums, attend_by_position, attend_by_row, causal_mask
+from tokenreduce.engine.tap import Attention, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
-from tokenreduce.ops.attention import importance, importance_flops
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import Decision, Heads, Queries, Site, SiteKind
+from tokenreduce.strategy import Decision, Heads, Queries, Site
 from tokenreduce.trace import StageTrace
-
-REFUSED_ATTENTION = ("softcap", "s_aux", "position_bias")
 
 
 class Forward:
@@ -61,9 +58,9 @@ class Forward:
         self.rotary: tuple[Tensor, ...] | None = None
         self.gathered: tuple[Tensor, ...] | None = None
         self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
-        self.attention: tuple[int, Tensor, Tensor, float, RowSums] | None = None
+        self.attention: Reading | None = None
         # A row of text alone has no stages.
-        self.reads = {site.order for s in sequences for run in s.conductor.runs for site in _reads(run)}
+        self.reads = {site.order for s in sequences for run in s.conductor.runs for site in reading_sites(run)}
         self.kv_sites = any(site.kind == "kv" for s in sequences for run in s.conductor.runs for site in run.sites)
         self.ffn: Tensor | None = None
         self.ffn_output: Tensor | None = None
@@ -223,12 +220,9 @@ class Forward:
         held = self.layers[layer] if self.layers else None
         watched = base
         if 3 * layer + 2 in self.reads or 3 * layer + 3 in self.reads:
-            refused = [name for name in REFUSED_ATTENTION if kwargs.get(name) is not None]
-            if refused:
-                raise UnsupportedError(f"importance is not defined here for attention with {', '.join(refused)}")
-            scale, known = kwargs.get("scaling"), RowSums()
-            watched = known.around(base) if self.implementation == "sdpa" else base
-            self.attention = (layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), known)
+            self.attention = Reading.of(layer, query, key, kwargs)
+            if self.implementation == "sdpa":
+                watched = self.attention.rows.around(base)
         if held is not None and held.seen[0] is not None:
             position = self._query_positions(held, query)
             if self.implementation not in ("sdpa", "eager"):
@@ -276,28 +270,7 @@ class Forward:
     def importance(self, sequence: Sequence, queries: Queries, heads: Heads) -> Tensor:
         """(n,) attention that the tokens of `sequence` receive in the last attention that ran."""
         assert self.attention is not None
-        layer, query, key, scale, known = self.attention
-        n = len(sequence.attended)
-        places = self.here(n, query.shape[2])
-        q = query[sequence.row, :, places]
-        k = key[sequence.row]
-        held = self.layers[layer] if self.layers else None
-        if held is not None and held.valid is not None:
-            k = k[:, held.valid[sequence.row]]
-        elif held is None:
-            k = k[:, self.here(n, k.shape[1]).start :]
-        k = k[:, : k.shape[1] - self.draft]
-        rows = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
-        lse = known.lse(query, sequence.row, places)
-        scores = importance(q, k, scale, rows, heads, lse)[k.shape[1] - n :]
-        all_heads = total_heads(q.shape[0], self.config, self.group)
-        if all_heads != q.shape[0]:
-            scores = over_ranks(scores, heads, q.shape[0] / all_heads, self.group)
-        # Like the attention itself, accounted without the keys of earlier turns.
-        sequence.conductor.account.selector_flops += importance_flops(all_heads, q.shape[-1], n, n, rows)
-        if len(sequence) != n:
-            scores = scores[torch.searchsorted(sequence.attended, sequence.alive)]
-        return scores
+        return self.attention.importance(self, sequence, queries, heads)
 
 
 def _plain(kwargs: Mapping[str, Any]) -> bool:
@@ -312,9 +285,3 @@ def gather_table(table: Tensor, index: Tensor) -> Tensor:
         return table.index_select(1, places[0])
     table = table.expand(len(places), -1, -1)
     return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))
-
-
-def _reads(run: StageRun) -> list[Site]:
-    """Sites at which a stage reads attention."""
-    kinds: tuple[SiteKind, ...] = ("pre_ffn", "pre_attention")
-    return [site for site in run.sites if run.strategy.capabilities.attention and site.kind in kinds]

@@ -129,3 +129,22 @@ def _kept(reduction: Reduction) -> tuple[Tensor, Tensor]:
 def read_frames(tower: VisionTower, family: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frames:
     """The frames that a tower is called with."""
     return (Frames if tower.grid is None else PackedFrames)(tower, family, args, dict(kwargs))
+
+
+def mapped(output: Any, change: Any) -> Any:
+    """`output` with `change` applied to each tensor in it."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, Mapping):  # A ModelOutput is one, and its constructor takes its fields.
+        return type(output)(**{key: mapped(value, change) for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)(mapped(value, change) for value in output)
+    return output
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output, its main one first."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [x for value in values for x in tensors(value)]

@@ -13,7 +13,7 @@ from tokenreduce.engine import tap
 from tokenreduce.engine.checks import refuse_model
 from tokenreduce.engine.hooks import Hook
 from tokenreduce.engine.parallel import head_group
-from tokenreduce.engine.probe import probe
+from tokenreduce.engine.probe import prove
 from tokenreduce.errors import UnsupportedError
 
 
@@ -96,7 +96,7 @@ class Host:
         try:
             # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
             self.config._attn_implementation_internal = tap.tapped(self.implementation)
-            probe(self.text, self.family, self.layers, pairs, self.modules)
+            prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules)
             self._hook(run)
             for module in self.attention.values():
                 module.__dict__[tap.ATTACHED] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,32 @@ class _Spy:
     ) -> Any:
         self.seen.add(layer)
         return base(module, query, key, value, mask, **kwargs)
+
+
+_proved: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+
+def prove(
+    text: nn.Module,
+    family: str,
+    implementation: str,
+    layers: Sequence[nn.Module],
+    pairs: Mapping[int, FfnPair],
+    modules: Mapping[int, int],
+) -> None:
+    """`probe`, but only once for a decoder, as long as its modules, their forwards and their hooks are the same.
+
+    The probe reads all weights, as a decode step does; a pipeline attached for every request should not pay for it.
+    """
+    facts = (implementation, tuple(pairs), tuple(map(_likeness, text.modules())))
+    if facts not in _proved.setdefault(text, set()):
+        probe(text, family, layers, pairs, modules)
+        _proved[text].add(facts)
+
+
+def _likeness(module: nn.Module) -> tuple[Any, ...]:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return id(module), type(module).forward, id(module.__dict__.get("forward")), tuple(map(id, hooks))
 
 
 def probe(

@@ -237,22 +237,16 @@ class Run:
     def _forward(
         self, call: Call, sequences: list[Sequence], layers: list[TokenLayer], deepstack: list[Tensor]
     ) -> Forward:
+        host, valid, draft = self.host, call.valid if sequences else None, call.draft if sequences else 0
         facts: dict[str, Any] = {
-            "sequences": sequences,
-            "layers": layers,
-            "modules": self.host.modules,
-            "implementation": self.host.implementation,
-            "config": self.host.config,
-            "width": call.width,
-            "valid": call.valid if sequences else None,
-            "deepstack": deepstack,
-            "draft": call.draft if sequences else 0,
-            "group": self.host.group,
-        }
+            "sequences": sequences, "layers": layers, "modules": host.modules, "implementation": host.implementation,
+            "config": host.config, "width": call.width, "valid": valid, "deepstack": deepstack, "draft": draft,
+            "group": host.group,
+        }  # fmt: skip
         if not self._compiled():
             return Forward(**facts)
         return CompiledForward(
-            family=self.host.family, strategies=self.strategies, attention_modules=self.host.attention, **facts
+            family=host.family, strategies=self.strategies, attention_modules=host.attention, **facts
         )
 
     def _compiled(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapter import VisionTower
-from tokenreduce.engine.frames import Frames, read_frames
+from tokenreduce.engine.frames import Frames, mapped, read_frames, tensors
 from tokenreduce.engine.hooks import Hook
 from tokenreduce.engine.layers import observe
 from tokenreduce.errors import LayoutError, NotFiredError, PipelineError, PluginError, UnsupportedError
@@ -238,8 +238,8 @@ class TowerHooks(NoTower):
             missed = [site for site in sites if site.kind == "vision.block" and site.block not in visit.acted]
             if missed:
                 raise NotFiredError(f"stage {strategy.name} never acted: {missed[0]} of {self.family} did not run")
-        whole = _mapped(output, partial(_restored, visit))
-        first = next((x for x in _tensors(whole) if x.dim() > 1), None)
+        whole = mapped(output, partial(_restored, visit))
+        first = next((x for x in tensors(whole) if x.dim() > 1), None)
         tokens = None if visit.place is None else visit.place.shape[1]
         if first is None or not visit.frames.complete(first) or (tokens is not None and first.shape[1] != tokens):
             raise UnsupportedError(f"{self.family}: its vision tower does not return one state per frame and token")
@@ -293,22 +293,3 @@ def _restored(visit: _Visit, x: Tensor) -> Tensor:
         place = visit.ways[x.shape[1]].to(x.device)
         x = x.gather(1, place.view(*place.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
     return visit.frames.restore(x)
-
-
-def _mapped(output: Any, change: Any) -> Any:
-    """`output` with `change` applied to each tensor in it."""
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, Mapping):  # A ModelOutput is one, and its constructor takes its fields.
-        return type(output)(**{key: _mapped(value, change) for key, value in output.items()})
-    if isinstance(output, (tuple, list)):
-        return type(output)(_mapped(value, change) for value in output)
-    return output
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output, its main one first."""
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [x for value in values for x in _tensors(value)]

@@ -5,23 +5,19 @@ Paper: Fu et al., FrameFusion (2025), §4.1 for the stage, §7 for N_max.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field, model_validator
 
 from tokenreduce.ops.carry import Carry
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot, within_span
 from tokenreduce.ops.topk import top_mask
 from tokenreduce.reduction import Weighting
+from tokenreduce.strategies.similarity_config import SimilarityConfig
 from tokenreduce.strategy import (
     Capabilities,
     CountView,
     Decision,
     Outcome,
-    Share,
     Site,
-    StageConfig,
     StageContext,
     Strategy,
 )
@@ -41,40 +37,8 @@ class SimilarityMerge(Strategy):
         sites=("pre_attention", "pre_ffn", "kv"), chooses_count=True, merges=True, content_dependent=True
     )
 
-    class Config(StageConfig):
-        """Fields of a similarity_merge stage."""
-
-        strategy: Literal["similarity_merge"] = "similarity_merge"
-        threshold: float | None = Field(
-            None,
-            ge=-1,
-            le=1,
-            description="Least cosine for a merge (S_threshold). Left out: as many as the budget asks.",
-        )
-        stop_below: float = Field(
-            0.1, ge=0, le=1, description="Merging ends where the share of similar tokens falls below it (N_threshold)."
-        )
-        merge_below: bool = Field(
-            False,
-            description="Whether the similar tokens of that last look are still merged, as the released code does.",
-        )
-        weighting: Weighting = Field(
-            "size", description="Mean by how many originals a token stands for, or plain as in the released code."
-        )
-        max_run: int | None = Field(
-            None, ge=2, description="With a threshold: runs begin anew at frames whose number is a multiple of this."
-        )
-        keep: Share | list[Share] | None = Field(
-            None, description="Without a threshold: share of the original vision tokens that remains."
-        )
-
-        @model_validator(mode="after")
-        def _runs_by_threshold(self) -> SimilarityMerge.Config:
-            if self.max_run is not None and self.threshold is None:
-                raise ValueError("`max_run` goes with `threshold`")
-            return self
-
-    config: Config
+    Config = SimilarityConfig
+    config: SimilarityConfig
 
     def schedule(self, depth: int) -> list[Site]:
         """Before the first layer's attention, then before successive FFNs, unless the stage says otherwise."""
@@ -112,7 +76,7 @@ class SimilarityMerge(Strategy):
         previous = previous_in_slot(ctx.slot, ctx.medium, ctx.reducible)
         similarity = cosine_to(ctx.hidden, previous)
         if config.threshold is None:
-            return self._merge_most_similar(ctx, previous, similarity)
+            return merge_most_similar(ctx, previous, similarity, self._vision_left(ctx), config.weighting)
         similar = similarity >= config.threshold
         if config.max_run is not None:
             similar = within_span(ctx.frame, previous, similar, config.max_run)
@@ -130,21 +94,6 @@ class SimilarityMerge(Strategy):
         if below and not config.merge_below:
             return Decision(finished=True, consumed=False, note=note)
         return Decision(ctx.merge(merge_runs(previous, similar), config.weighting), finished=below, note=note)
-
-    def _merge_most_similar(self, ctx: StageContext, previous: torch.Tensor, similarity: torch.Tensor) -> Decision:
-        fixed = ctx.n - ctx.reducible_count
-        keep = self._vision_left(ctx)
-        candidates = similarity > -torch.inf
-        merges, possible = ctx.reducible_count - keep, int(candidates.sum())
-        if merges > possible:
-            least = ctx.reducible_count - possible
-            raise ctx.refusal(
-                least + fixed if ctx.site.kind == "kv" else least,
-                f"similarity_merge at {ctx.site} would have to merge {merges} of {ctx.reducible_count} vision tokens, but only "
-                f"{possible} have a counterpart in an earlier frame",
-            )
-        target = merge_runs(previous, top_mask(similarity, merges, candidates))
-        return Decision(ctx.merge(target, self.config.weighting), note=f"{merges} merged")
 
     def _vision_left(self, ctx: StageContext | CountView) -> int:
         """Vision tokens that are to stay. At `kv` sites the allowance counts text too."""
@@ -170,3 +119,20 @@ class SimilarityMerge(Strategy):
         if below and not config.merge_below:
             return Outcome(view.reducible_count, finished=True, consumed=False)
         return Outcome(view.reducible_count - count, finished=below)
+
+
+def merge_most_similar(
+    ctx: StageContext, previous: torch.Tensor, similarity: torch.Tensor, keep: int, weighting: Weighting
+) -> Decision:
+    """Merge the most similar so that `keep` reducible tokens stay. previous: (n,) long; similarity: (n,), −inf for none."""
+    candidates = similarity > -torch.inf
+    merges, possible = ctx.reducible_count - keep, int(candidates.sum())
+    if merges > possible:
+        fixed = ctx.n - ctx.reducible_count if ctx.site.kind == "kv" else 0
+        raise ctx.refusal(
+            ctx.reducible_count - possible + fixed,
+            f"similarity_merge at {ctx.site} would have to merge {merges} of {ctx.reducible_count} vision tokens, but only "
+            f"{possible} have a counterpart in an earlier frame",
+        )
+    target = merge_runs(previous, top_mask(similarity, merges, candidates))
+    return Decision(ctx.merge(target, weighting), note=f"{merges} merged")
