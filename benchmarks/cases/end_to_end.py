@@ -176,7 +176,7 @@ def measure(options: Options) -> Row:
     """Times on three clips of the embedded model and of a LLaVA-Video-shaped one; accuracy of the embedded model."""
     held = {path.name: path for path in clip_paths("heldout")}
     shaped, embedded = shaped_model(), load_embedded()
-    frames = 4 if options.quick else 16
+    frames = 4 if options.quick else 12
     tokens = frames * shaped.config.tokens_per_frame
     vision = shaped.config.vision_config
     dense = [tokens + 34] * shaped.config.text_config.num_hidden_layers
@@ -195,7 +195,7 @@ def measure(options: Options) -> Row:
             name: clip_times(embedded, held[file], 32, 1 if options.quick else 5) for name, file in CLIPS.items()
         },
         "shaped": {
-            name: clip_times(shaped, held[file], frames, 1 if options.quick else 3) for name, file in CLIPS.items()
+            name: clip_times(shaped, held[file], frames, 1 if options.quick else 2) for name, file in CLIPS.items()
         },
         "accuracy": accuracy(embedded, 8 if options.quick else 100),
     }

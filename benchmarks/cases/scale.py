@@ -32,8 +32,8 @@ MIB = 2**20
 def measure(options: Options) -> Row:
     """The settings of the two parts, and their results."""
     frames = (50, 100, 200) if options.quick else (1190, 2381, 4762)
-    long = 12 if options.quick else 80
-    repeats = 1 if options.quick else 3
+    long = 12 if options.quick else 60
+    repeats = 1 if options.quick else 2
     threads = str(options.threads)
     selectors = []
     for width, dtype in ((HIDDEN, "float32"), (4 * HIDDEN, "bfloat16")):
