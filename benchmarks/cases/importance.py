@@ -250,7 +250,7 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
         "Time in the engine, in % of a reduced prefill (24 layers, C = 0.3, fp32), by clocks in all of its hooks and in the tap",
         "around attention, less attention itself. Strategies are a part of it, importance a part of those. The residual sum that",
         "the engine computes in place of a layer counts as the engine's. Attaching and detaching is done once, however many",
-        "prefills follow: it runs a probe through all layers.",
+        "prefills follow: the first time it runs a probe through all layers.",
         "",
         *table(
             ("pipeline", "N", "prefill s", "engine %", "strategies %", "importance %", "attaching s", "runs"), engine

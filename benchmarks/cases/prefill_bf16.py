@@ -11,7 +11,7 @@ from harness import HIDDEN, Options
 from cases.prefill import LAYERS, Setting, rows_table, setting_rows
 
 TITLE = f"Prefill in bfloat16: {LAYERS} layers of width {HIDDEN}"
-SETTINGS: tuple[Setting, ...] = ((20, torch.bfloat16, (0.3,), 1),)
+SETTINGS: tuple[Setting, ...] = ((20, torch.bfloat16, (0.3,), 1), (40, torch.bfloat16, (0.3,), 1))
 QUICK: tuple[Setting, ...] = ((1, torch.bfloat16, (0.7,), 1),)
 
 
