@@ -50,7 +50,7 @@ def report() -> Path:
         data = json.loads(file.read_text(encoding="utf-8"))
         where = (
             f"{data['date']}, {data['cpu']} ({data['vectors']}), {data['threads']} of {data['cores']} cores, "
-            f"torch {data['torch']}, {data['seconds']:.0f} s; "
+            f"torch {data['torch']}, {data['seconds']:.0f} s{'; ' * bool(data['note'])}{data['note']}; "
             f"[results](../benchmarks/results/{name}.json)"
         )
         lines += [f"## {case(name).TITLE}", "", *case(name).section(data, DOCS), "", f"*{where}*", ""]
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--report", action="store_true", help="measure nothing; make docs/benchmarks.md from the results"
     )
+    parser.add_argument("--note", default="", help="what else there is to say of this run, for the page")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.cases) - set(CASES))
     if unknown:
@@ -76,7 +77,14 @@ def main() -> None:
     for name in () if arguments.report else arguments.cases or CASES:
         print(name, flush=True)
         started = time.perf_counter()
-        data = machine(options) | case(name).measure(options) | {"seconds": time.perf_counter() - started}
+        data = (
+            machine(options)
+            | case(name).measure(options)
+            | {
+                "seconds": time.perf_counter() - started,
+                "note": arguments.note,
+            }
+        )
         if options.quick:
             with tempfile.TemporaryDirectory() as folder:
                 print("\n".join(case(name).section(data, Path(folder))))

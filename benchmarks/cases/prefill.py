@@ -109,7 +109,7 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
     figure.savefig(docs / "benchmarks_prefill.png")
     return [
         "The prediction is the ratio of FLOPs, with attention as causal kernels compute it (half of the square) and the",
-        "selector's own FLOPs counted; `full squares` is what FlopCounterMode would say.",
+        "selector's own FLOPs counted; `full squares` is what FlopCounterMode would say. The warm-up is a video of two frames.",
         "",
         *rows_table(data),
         "",
