@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tokenreduce as tr
 import tokenreduce.engine.forward as forward_module
+import tokenreduce.engine.reading as reading_module
 
 PIPELINES: dict[str, Any] = {
     "all": {"name": "a", "stages": [{"strategy": "importance_prune", "at": 1, "keep": 0.5}]},
@@ -35,7 +36,7 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tolerance: float) -> None:
         self.shared: list[bool] = []
-        plain = forward_module.importance
+        plain = reading_module.importance
 
         def importance(
             q: Tensor, k: Tensor, scale: float, queries: int, heads: str, lse: Tensor | None = None
@@ -45,7 +46,7 @@ class Spy:
             torch.testing.assert_close(scores, plain(q, k, scale, queries, heads), atol=tolerance, rtol=0)
             return scores
 
-        monkeypatch.setattr(forward_module, "importance", importance)
+        monkeypatch.setattr(reading_module, "importance", importance)
 
 
 def outcome(pipeline: Any, attention: str = "sdpa", rows: int = 2) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ def test_sharing_changes_no_bit_of_the_output(name: str, monkeypatch: pytest.Mon
     logits, source = outcome(PIPELINES[name])
     assert spy.shared
     assert all(spy.shared)
-    monkeypatch.setattr(forward_module.RowSums, "around", lambda _, base: base)
+    monkeypatch.setattr(reading_module.RowSums, "around", lambda _, base: base)
     spy.shared.clear()
     plain, where = outcome(PIPELINES[name])
     assert spy.shared
