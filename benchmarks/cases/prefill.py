@@ -67,6 +67,7 @@ def setting_rows(
             {
                 "tokens": n, "dtype": str(dtype).removeprefix("torch."), "budget": budget, "pipeline": name,
                 "measured": measured, "predicted": predicted, "reached": measured["median"] / predicted["causal"],
+                "attn": attn, "ffn": ffn, "selector_flops": trace.selector_flops,
                 "dense_seconds": summary(seconds["dense"]), "seconds": summary(seconds[f"{name} {budget}"]),
             }
         )  # fmt: skip

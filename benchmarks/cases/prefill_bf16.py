@@ -1,4 +1,4 @@
-"""As `prefill`, in bfloat16."""
+"""As `prefill`, in bfloat16, and how fast this machine's kernels are in it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,79 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import HIDDEN, Options
+from harness import HIDDEN, Options, Row, decoder, summary, table, take_turns
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from cases.prefill import LAYERS, Setting, rows_table, setting_rows
+from tokenreduce.cost import DecoderShape, attention_pairs, prefill_flops
 
 TITLE = f"Prefill in bfloat16: {LAYERS} layers of width {HIDDEN}"
 SETTINGS: tuple[Setting, ...] = ((20, torch.bfloat16, (0.3,), 1), (40, torch.bfloat16, (0.3,), 1))
 QUICK: tuple[Setting, ...] = ((1, torch.bfloat16, (0.7,), 1),)
+QUERIES, HEADS, WIDTH, INNER = 4096, 14, 64, 4864
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """One turn of each setting."""
-    rows = [
-        row
-        for setting in (QUICK if options.quick else SETTINGS)
-        for row in setting_rows(*setting, ("framefusion", "fastv"))
-    ]
-    return {"layers": LAYERS, "rows": rows}
+    """One turn of each setting, and the speed of the two kernels that take the time."""
+    rates = {name: kernel_rates(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    settings = QUICK if options.quick else SETTINGS
+    rows = [row for setting in settings for row in setting_rows(*setting, ("framefusion", "fastv"))]
+    for row in rows:
+        row["by_kernels"] = by_kernels(row, rates[row["dtype"]])
+    return {"layers": LAYERS, "rows": rows, "rates": rates}
+
+
+def kernel_rates(dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a matrix product, and of causal attention."""
+    x, weight = torch.randn(QUERIES // 2, HIDDEN).to(dtype), torch.randn(INNER, HIDDEN).to(dtype)
+    q = torch.randn(1, HEADS, QUERIES, WIDTH).to(dtype)
+    with torch.inference_mode():
+        seconds = take_turns(
+            {
+                "linear": lambda: linear(x, weight),
+                "attention": lambda: scaled_dot_product_attention(q, q, q, is_causal=True),
+            },
+            3,
+        )
+    flops = {
+        "linear": 2 * x.shape[0] * weight.numel(),
+        "attention": 4 * HEADS * WIDTH * attention_pairs(QUERIES, form="causal"),
+    }
+    return {name: flops[name] / summary(seconds[name])["median"] for name in flops}
+
+
+def by_kernels(row: Row, rates: dict[str, float]) -> float:
+    """The speed-up that FLOPs predict where each kind of FLOP takes the time that its kernel takes here."""
+    shape = DecoderShape.from_config(decoder(1).config)
+
+    def seconds(attn: list[int], ffn: list[int], selector: int) -> float:
+        pairs = sum(4 * shape.heads * shape.head_dim * attention_pairs(tokens, form="causal") for tokens in attn)
+        layers = sum(prefill_flops(shape, [a], [f], 0, form="causal") for a, f in zip(attn, ffn, strict=True))
+        return (layers - pairs) / rates["linear"] + (pairs + selector) / rates["attention"]
+
+    dense = [row["tokens"]] * len(row["attn"])
+    return seconds(dense, dense, 0) / seconds(row["attn"], row["ffn"], row["selector_flops"])
 
 
 def section(data: dict[str, Any], docs: Path) -> list[str]:
-    """The table."""
+    """Two tables: against FLOPs, and against FLOPs at the speed of their kernels."""
+    rates = "; ".join(
+        f"{dtype}: {rate['linear'] / 1e9:.0f} GFLOP/s in matrix products, {rate['attention'] / 1e9:.0f} in attention"
+        for dtype, rate in data["rates"].items()
+    )
+    cells = [
+        (
+            f"{row['tokens']:,}", row["pipeline"], f"{row['measured']['median']:.2f}×", f"{row['by_kernels']:.2f}×",
+            f"**{row['measured']['median'] / row['by_kernels']:.2f}**",
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
     return [
-        "A CPU without instructions for bfloat16 computes its matrix products in software, several times slower than fp32; the",
-        "ratio holds all the same.",
-        "",
         *rows_table(data),
+        "",
+        f"FLOPs are not alike: {rates}. Where a matrix product takes longer per FLOP than attention (a CPU",
+        "without instructions for bfloat16), the squares that reduction saves weigh less than their count. With each kind of",
+        "FLOP at the speed of its kernel:",
+        "",
+        *table(("N", "pipeline", "measured", "predicted by kernels", "measured ÷ predicted"), cells),
     ]
