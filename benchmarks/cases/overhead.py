@@ -29,9 +29,9 @@ def measure(options: Options) -> dict[str, Any]:
         "layers": LAYERS,
         "tokens": embeds.shape[1],
         "hooks": {pipeline["name"]: _hooks(model, pipeline, layout) for pipeline in (EMPTY, KEEP_ALL)},
-        "prefill": [_prefill(model, embeds, layout, p, 2 if options.quick else 5) for p in (EMPTY, KEEP_ALL, READ_ALL)],
+        "prefill": [_prefill(model, embeds, layout, p, 2 if options.quick else 4) for p in (EMPTY, KEEP_ALL, READ_ALL)],
         "decode": [
-            _decode(narrow, embeds[..., :NARROW], layout, p, 20 if options.quick else 200)
+            _decode(narrow, embeds[..., :NARROW], layout, p, 20 if options.quick else 150)
             for p in (EMPTY, KEEP_ALL, READ_ALL)
         ],
     }
