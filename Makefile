@@ -32,7 +32,7 @@ lint: $(VENV)/.ready  ## ruff, mypy, and the layering of the packages
 reproduce: $(VENV)/.ready  ## the paper's tables on the embedded model (under an hour; results in docs/reproduction)
 	$(BIN)/python -m tokenreduce.reproduce
 
-bench: $(VENV)/.ready  ## benchmarks (about an hour; results in benchmarks/results and docs/benchmarks.md)
+bench: $(VENV)/.ready  ## benchmarks (about two hours; results in benchmarks/results and docs/benchmarks.md)
 	$(BIN)/python benchmarks/bench.py
 
 train-testbed: $(VENV)/.ready  ## train the embedded model anew (about an hour of one core, resumable)
