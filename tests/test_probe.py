@@ -117,7 +117,7 @@ def test_it_leaves_the_mode_and_the_random_numbers_alone() -> None:
     prove(model)
     assert_same(model, before)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert getattr(running, "forward", None) is None
+    assert running.forward is None
 
 
 def test_it_makes_no_gradient() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matrix import BY_NAME, CASES, PROMPTS, check_prefill, known, model
 from tiny import tiny_model
+from transformers import DynamicCache
 
 import tokenreduce as tr
 from tokenreduce.engine import forward as engine
@@ -81,3 +82,38 @@ def test_padding_does_not_count_against_the_budget() -> None:
         pytest.raises(BudgetError, match="smallest feasible"),
     ):
         subject(inputs_embeds=embeds)  # no mask: now it is text
+
+
+def test_layers_of_one_stage_share_a_mask() -> None:
+    """Of a step of decoding, and of a later turn with padding; layers in which nothing happened have transformers' own."""
+    given, subject = PROMPTS["ragged"](), model()
+    made: list[int] = []
+    real = tap.causal_mask
+
+    def counted(*arguments: object) -> object:
+        made.append(1)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    rows, width = given.ids.shape
+    mask = torch.cat([given.mask, torch.ones(rows, 4, dtype=torch.long)], 1)
+    mask[0, width : width + 2] = 0  # the later turn is shorter in the first row
+    text = torch.full((rows, 4), 5)
+    with tr.reduce(subject, BY_NAME["fastv"].load(), layout=given.layout), torch.no_grad():
+        cache = DynamicCache(config=subject.config)
+        subject(input_ids=given.ids, attention_mask=given.mask, position_ids=given.positions, past_key_values=cache)
+        assert [layer.reduced for layer in cache.layers] == [False, False, *[True] * (len(cache.layers) - 2)]
+        assert len(cache.layers) > 3
+        with patch.object(engine, "causal_mask", counted):
+            subject(input_ids=text[:, :1], attention_mask=mask[:, : width + 1], past_key_values=cache)
+            assert len(made) == 1
+            cache.crop(-1)
+            made.clear()
+            subject(input_ids=text, attention_mask=mask, past_key_values=cache)
+            assert len(made) == 1
+            made.clear()
+            subject(
+                input_ids=text[:, :1],
+                attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1),
+                past_key_values=cache,
+            )
+            assert len(made) == 1

@@ -17,8 +17,18 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.reduction import Reduction
 
-running = threading.local()
-"""`running.forward`: the engine's forward that runs in this thread, if any."""
+
+class Running(threading.local):
+    """What runs in a thread: the engine's forward, if any. Every attention asks: a class attribute is the fastest answer."""
+
+    forward: Any = None
+
+
+running = Running()
+
+
+Joined = dict[tuple[int, int, int], tuple[Tensor, ...]]
+"""What `_joined` has made in one forward."""
 
 
 @dataclass
@@ -46,10 +56,11 @@ class KvPlan:
 class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values (B, G, held, d) of the tokens that one decoder layer holds.
 
-    number: of the decoder layer. logical: tokens seen, as transformers counts. valid: (B, held) bool, None if none is padding.
-    position: (B, held) long, place of each token in its sequence, kept only where a span or a merge at a `kv` site needs it, and
-    with it end: (B,) long, the place of the next token; window: (B,) long and sinks, the span that later queries see. plan:
-    what the engine says about the next update.
+    number: of the decoder layer. logical: tokens seen, as transformers counts. reduced: whether it holds other tokens than
+    transformers believes. real: (B, at most held) bool, False on padding, None if none is; what it does not reach is no padding,
+    so that decoding need not touch it. position: (B, held) long, place of each token in its sequence, kept only where a span or
+    a merge at a `kv` site needs it, and with it end: (B,) long, the place of the next token; window: (B,) long and sinks, the
+    span that later queries see. plan: what the engine says about the next update.
     """
 
     keys: Tensor
@@ -57,14 +68,13 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.number, self.logical = number, 0
-        self.valid: Tensor | None = None
+        self.number, self.logical, self.reduced = number, 0, False
+        self.real: Tensor | None = None
         self.position: Tensor | None = None
         self.end: Tensor | None = None
         self.window: Tensor | None = None
         self.sinks = 0
         self.plan: KvPlan | None = None
-        self.repacked = False
         self.seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property
@@ -73,23 +83,27 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         return 0 if not self.is_initialized or self.keys.numel() == 0 else int(self.keys.shape[-2])
 
     @property
-    def reduced(self) -> bool:
-        """Whether it holds other tokens than transformers believes."""
-        return self.held != self.logical or self.window is not None or self.repacked
+    def valid(self) -> Tensor | None:
+        """(B, held) bool, False on padding; None if none is."""
+        return None if self.real is None else lengthened(self.real, self.held)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; `plan` may say which of the new tokens are valid and what to hold of them."""
-        forward = getattr(running, "forward", None)
-        if self.reduced and forward is None:
-            raise UnsupportedError(
-                "this KV cache was reduced by tokenreduce, and no pipeline is attached: attach it again to go on with the cache"
-            )
-        if forward is not None and forward.defers(self):
+        forward = running.forward
+        if forward is None:
+            if self.reduced:
+                raise UnsupportedError(
+                    "this KV cache was reduced by tokenreduce, and no pipeline is attached: attach it again to go on with the "
+                    "cache"
+                )
+        elif forward.defers(self):
             return key_states, value_states
+        if self.plan is None and self.position is None:  # A step of decoding: only the length is to be kept account of.
+            self.logical += key_states.shape[-2]
+            return super().update(key_states, value_states)  # type: ignore[no-any-return]
         plan = self.plan or KvPlan(key_states.shape[-2])
         self.plan = None
         self.logical += plan.logical
-        self.repacked |= plan.repacked or plan.reduction is not None
         held, valid, position = self.held, plan.valid, plan.position
         if plan.reduction is not None and plan.size is not None and position is not None:
             key_states, value_states, position, valid = _reduced(
@@ -101,24 +115,24 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
             if position is None:
                 position = end[:, None] + torch.arange(new, device=device)
             self.position, self.end = torch.cat([past, position], 1), end + new if plan.end is None else plan.end
-        if self.valid is not None or valid is not None:
-            old = torch.ones(rows, held, dtype=torch.bool, device=device) if self.valid is None else self.valid
-            fresh = torch.ones(rows, new, dtype=torch.bool, device=device) if valid is None else valid
-            # Layers of one stage share the very tensor, and with it the mask that is made from it.
-            self.valid = torch.cat([old, fresh], 1) if held else fresh
+        if valid is not None:
+            self.real = _joined(self.real, held, valid, {} if forward is None else forward.joined)
         keys, values = super().update(key_states, value_states)
-        self.seen = (self.position, self.valid)
+        self.seen = (self.position, self.valid if self.position is not None else None)
         if plan.window is not None:
             self.window, self.sinks = plan.window, plan.sinks
             self._forget(plan.draft)
+        self.reduced |= plan.repacked or plan.reduction is not None or self.window is not None
+        self.reduced |= self.held != self.logical
         return keys, values
 
     def places(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(B, held) long: position of each token held, −1 on padding; and (B,) long, the position of the next token."""
         if self.position is not None and self.end is not None:
             return self.position, self.end
-        if self.valid is not None:
-            return torch.where(self.valid, self.valid.cumsum(1) - 1, -1), self.valid.sum(1)
+        valid = self.valid
+        if valid is not None:
+            return torch.where(valid, valid.cumsum(1) - 1, -1), valid.sum(1)
         everything = torch.arange(self.held, device=device).expand(rows, -1)
         return everything, torch.full((rows,), self.held, device=device)
 
@@ -129,16 +143,17 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         assert self.window is not None
         last = self.end[:, None] - 1 - draft
         stays = (self.position < self.sinks) | (self.position > last - self.window[:, None])
-        if self.valid is not None:
-            stays &= self.valid
+        valid = self.valid
+        if valid is not None:
+            stays &= valid
         counts = stays.sum(1)
         longest = int(counts.max())
         if longest == self.held:
             return
         index = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.held - longest :]
-        self.valid = None
+        self.real = None
         if bool((counts != longest).any()):
-            self.valid = torch.arange(longest, device=index.device) >= (longest - counts)[:, None]
+            self.real = torch.arange(longest, device=index.device) >= (longest - counts)[:, None]
         self.position = self.position.gather(1, index)
         spread = index[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys = self.keys.gather(2, spread)
@@ -156,8 +171,9 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.logical, self.sinks, self.repacked = 0, 0, False
-        self.valid = self.position = self.end = self.window = self.plan = None
+        self.logical, self.sinks, self.reduced = 0, 0, False
+        self.real = self.position = self.end = self.window = self.plan = None
+        self.seen = (None, None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens. Only tokens that came after the reduced prefill can be."""
@@ -166,7 +182,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         gone = before - self.held
         self.logical -= gone
         self.end = None if self.end is None else self.end - gone
-        self._each(lambda t: t[:, : t.shape[1] - gone])
+        self._each(lambda t: t[:, : self.held] if t.shape[1] > self.held else t)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search."""
@@ -184,11 +200,31 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self._each(lambda t: t[indices], rows=True)
 
     def _each(self, change: Any, rows: bool = False) -> None:
-        self.valid = None if self.valid is None else change(self.valid)
+        self.real = None if self.real is None else change(self.real)
         self.position = None if self.position is None else change(self.position)
         if rows:
             self.end = None if self.end is None else change(self.end)
             self.window = None if self.window is None else change(self.window)
+
+
+def lengthened(real: Tensor, count: int) -> Tensor:
+    """`real` (B, n) bool with as many more columns of True as make it `count` columns."""
+    return real if real.shape[1] == count else torch.nn.functional.pad(real, (0, count - real.shape[1]), value=True)
+
+
+def _joined(real: Tensor | None, held: int, fresh: Tensor, known: Joined) -> Tensor:
+    """(B, held + n) bool: `real`, lengthened to `held` columns, and then `fresh` (B, n).
+
+    known: what has been joined in this forward. Layers of one stage share the very tensor, and with it the mask made of it.
+    """
+    if not held:
+        return fresh
+    key = (id(real), held, id(fresh))
+    if key not in known:
+        old = fresh.new_ones(len(fresh), held) if real is None else lengthened(real, held)
+        # The parts are kept beside the whole, so that their ids are not given to others.
+        known[key] = (torch.cat([old, fresh], 1), fresh, *(() if real is None else (real,)))
+    return known[key][0]
 
 
 def _reduced(
@@ -235,7 +271,7 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
                 raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
             layer.lazy_initialization(old.keys, old.values)
             layer.keys, layer.values, layer.logical = old.keys, old.values, int(old.keys.shape[-2])
-            layer.valid = valid
+            layer.real = valid
         layers.append(layer)
     cache.layers[:] = layers
     return layers

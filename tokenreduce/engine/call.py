@@ -21,7 +21,7 @@ from tokenreduce.layout import TokenLayout
 from tokenreduce.strategy import Strategy
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
     """A call of the decoder with `width` new tokens in each of `batch` rows, after `past` (logical) tokens in `cache`.
 

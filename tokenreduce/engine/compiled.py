@@ -153,17 +153,17 @@ class CompiledForward(Forward):
         # The graph may use the memory of its tensors again: nothing of them stays in here.
         source = layer if moment == 2 else layer - 1
         lent = self.layers[source] if self.layers and query is not None and not self.opaque else None
-        before = None if lent is None else lent.valid
+        before = None if lent is None else lent.real
         try:
             if query is not None and key is not None:
                 self.attention = Reading(source, query, key, scale, RowSums())
             if lent is not None:
-                lent.valid = valid
+                lent.real = valid
             out = super().visit(site, x.clone())
         finally:
             self.attention = None
             if lent is not None:
-                lent.valid = before
+                lent.real = before
         tell(self)
         self._hold_to(site, counts)
         return (None, None, None) if out is None else (out, self.index, self.valid)

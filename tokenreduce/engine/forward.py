@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.budget import SPAN_BLOCK
-from tokenreduce.engine.cache import KvPlan, TokenLayer
+from tokenreduce.engine.cache import Joined, KvPlan, TokenLayer, lengthened
 from tokenreduce.engine.kv import plan_kv
 from tokenreduce.engine.reading import Reading, reading_sites
 from tokenreduce.engine.schedule import StageRun, attend
@@ -57,7 +57,10 @@ class Forward:
         self.index: Tensor | None = None
         self.rotary: tuple[Tensor, ...] | None = None
         self.gathered: tuple[Tensor, ...] | None = None
-        self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
+        self.mask: Tensor | None = None
+        self.mask_of: Tensor | None = None
+        self.masked = (0, 0)
+        self.joined: Joined = {}
         self.attention: Reading | None = None
         # A row of text alone has no stages.
         self.reads = {site.order for s in sequences for run in s.conductor.runs for site in reading_sites(run)}
@@ -259,13 +262,14 @@ class Forward:
         return held.position[:, -count:]
 
     def _mask(self, query: Tensor, keys: int, held: TokenLayer | None) -> Tensor | None:
-        """The causal mask over the tokens that are really there; layers of one stage share it."""
-        valid = self.valid if held is None else held.valid
-        key = (query.shape[2], keys, id(valid))
-        if key not in self.masks:
-            # The tensor is kept beside the mask, so that its id is not given to another one.
-            self.masks[key] = (causal_mask(self.implementation, self.config, query, keys, valid), valid)
-        return self.masks[key][0]
+        """The causal mask over the tokens that are really there. Layers of one stage, one after the other, share it."""
+        real = self.valid if held is None else held.real
+        key = (query.shape[2], keys)
+        if self.masked != key or self.mask_of is not real:
+            valid = None if real is None else lengthened(real, keys)
+            self.mask = causal_mask(self.implementation, self.config, query, keys, valid)
+            self.masked, self.mask_of = key, real
+        return self.mask
 
     def importance(self, sequence: Sequence, queries: Queries, heads: Heads) -> Tensor:
         """(n,) attention that the tokens of `sequence` receive in the last attention that ran."""

@@ -50,6 +50,8 @@ class Host:
         self.group = head_group(self.layers[0])
         # A copy of an attached model is dense, but its configuration still names the tap.
         self.implementation = str(self.config._attn_implementation).removeprefix(tap.PREFIX)
+        # Each step of decoding looks: a configuration's own attributes take ten times as long.
+        self._settings, self._tapped = vars(self.config), tap.PREFIX + self.implementation
         head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         self._head = weakref.ref(head) if isinstance(head, nn.Module) else None
         self.has_head = self._head is not None
@@ -72,7 +74,7 @@ class Host:
     @property
     def tapped(self) -> bool:
         """Whether the decoder's attention goes through the tap."""
-        return bool(self.config._attn_implementation == tap.PREFIX + self.implementation)
+        return bool(self._settings["_attn_implementation_internal"] == self._tapped)
 
     def recomputable(self) -> list[nn.Module]:
         """The modules that may be asked to recompute their forward for a gradient."""

@@ -15,7 +15,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _forward() -> Any:
-    forward = getattr(running, "forward", None)
+    forward = running.forward
     if not hasattr(forward, "run_visit"):
         raise UnsupportedError("a graph compiled with a pipeline attached runs without one; compile the model anew")
     return forward

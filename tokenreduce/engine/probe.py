@@ -99,7 +99,7 @@ def probe(
         )
     spy = _Spy(modules)
     modes = [(module, module.training) for module in text.modules()]
-    before = getattr(running, "forward", None)
+    before = running.forward
     try:
         text.eval()
         running.forward = spy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenreduce.engine.cache import lengthened
 from tokenreduce.engine.parallel import over_ranks, total_heads
 from tokenreduce.engine.schedule import StageRun
 from tokenreduce.engine.sequence import Sequence
@@ -48,8 +49,8 @@ class Reading:
         places = forward.here(n, self.query.shape[2])
         q, k = self.query[sequence.row, :, places], self.key[sequence.row]
         held = forward.layers[self.layer] if forward.layers else None
-        if held is not None and held.valid is not None:
-            k = k[:, held.valid[sequence.row]]
+        if held is not None and held.real is not None:
+            k = k[:, lengthened(held.real, k.shape[1])[sequence.row]]
         elif held is None:
             k = k[:, forward.here(n, k.shape[1]).start :]
         k = k[:, : k.shape[1] - forward.draft]

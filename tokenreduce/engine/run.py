@@ -22,6 +22,7 @@ from tokenreduce.engine.layers import LayerHooks
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
+from tokenreduce.engine.step import Step
 from tokenreduce.engine.traced import TracedHooks
 from tokenreduce.engine.vision import NoTower, TowerHooks
 from tokenreduce.engine.waiting import wait_for_others
@@ -50,7 +51,7 @@ class Run:
         self._layout, self._fresh = layout, layout is not None
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._active: dict[int, Forward] = {}
+        self._active: dict[int, Forward | Step] = {}
         self._last: Trace | None = None
         self.attached = False
         if pipeline.stages:
@@ -94,7 +95,7 @@ class Run:
             return
         wait_for_others(lambda thread: thread in self._active or thread in self._tower.busy, self.pipeline.name)
         with self._lock:
-            if getattr(running, "forward", None) in self._active.values():
+            if running.forward in self._active.values():
                 running.forward = None
             self._active.clear()
             self._layer_hooks.remove()
@@ -179,8 +180,7 @@ class Run:
         call = Call.read(args, kwargs, prompt)
         layout = self._find_layout(call)
         if layout is None:
-            self._begin_text(call)
-            return None
+            return self._begin_text(call, args, kwargs)
         told = self._tower.take()
         if call.cache is not None:
             refuse_cache(call.cache)
@@ -211,11 +211,14 @@ class Run:
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
             )
 
-    def _begin_text(self, call: Call) -> None:
+    def _begin_text(self, call: Call, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """A forward without vision tokens: dense, unless the cache that it goes on with has been reduced."""
         held = token_layers(call.cache)
         if any(layer.reduced for layer in held):
             refuse_call(self.host.family, self.host.config, call)
+            if Step.serves(call.width, self.host.implementation, self.host.config, held):
+                self._start(Step())
+                return args, {**kwargs, "attention_mask": None}
             if call.valid is not None and any(layer.position is not None for layer in held):
                 raise UnsupportedError(
                     f"{self.host.family}: stages at `kv` sites do not support padding in a later turn"
@@ -224,6 +227,7 @@ class Run:
         if held and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
             for layer in held:
                 layer.plan = KvPlan(call.width, call.valid)
+        return None
 
     def _find_layout(self, call: Call) -> TokenLayout | None:
         """The layout of the call's vision tokens; None if it has none."""
@@ -252,7 +256,7 @@ class Run:
     def _compiled(self) -> bool:
         return compiled([self.host.text, *self.host.layers])
 
-    def _start(self, forward: Forward) -> None:
+    def _start(self, forward: Forward | Step) -> None:
         with self._lock:
             # In one step, so that a thread that ends here cannot take the hooks off in between.
             self._active[_me()] = forward
@@ -270,8 +274,9 @@ class Run:
 
     def _current(self) -> Forward | None:
         forward = self._active.get(_me())
-        eager = forward is not None and forward.sequences and not isinstance(forward, CompiledForward)
-        return forward if eager else None
+        if not isinstance(forward, Forward) or isinstance(forward, CompiledForward):
+            return None
+        return forward if forward.sequences else None
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder, also when it raised: drop the state, and write the trace."""
@@ -279,8 +284,8 @@ class Run:
         if forward is None:
             return
         self._release()
-        if output is None or not forward.sequences:  # None: the forward raised, and the hook is called all the same
-            return
+        if isinstance(forward, Step) or not forward.sequences or output is None:
+            return  # None: the forward raised, and the hook is called all the same.
         self._fresh = False
         total = [s.total for s in forward.sequences]
         layers = self.shape.layers

@@ -43,12 +43,11 @@ def _tap(implementation: str) -> Attention:
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         base = attention_below(implementation, module)
-        if torch.compiler.is_compiling():
-            # Guards a graph without a pipeline: hooks that come later do not, and models may share one configuration.
-            getattr(module, ATTACHED, False)
-        forward = getattr(running, "forward", None)
+        # Guards a compiled graph without a pipeline: hooks that come later do not, and models may share one configuration.
+        getattr(module, ATTACHED, False)
+        forward = running.forward
         layer = None if forward is None else forward.attention_layer(module)
-        if forward is None or layer is None:
+        if layer is None:
             return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
         attend = forward.attend
         if torch.compiler.is_compiling() and not forward.traced:

@@ -43,7 +43,7 @@ class TracedHooks:
 
 
 def _current() -> CompiledForward | None:
-    forward = getattr(running, "forward", None)
+    forward = running.forward
     return forward if isinstance(forward, CompiledForward) and forward.step is not None else None
 
 
