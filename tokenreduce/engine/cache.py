@@ -56,8 +56,8 @@ class KvPlan:
 class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values (B, G, held, d) of the tokens that one decoder layer holds.
 
-    number: of the decoder layer. logical: tokens seen, as transformers counts. reduced: whether it holds other tokens than
-    transformers believes. real: (B, at most held) bool, False on padding, None if none is; what it does not reach is no padding,
+    number: of the decoder layer. gone: how many fewer it holds than transformers believes. reduced: whether it holds others
+    than transformers believes. real: (B, at most held) bool, False on padding, None if none is; what it does not reach is none,
     so that decoding need not touch it. position: (B, held) long, place of each token in its sequence, kept only where a span or
     a merge at a `kv` site needs it, and with it end: (B,) long, the place of the next token; window: (B,) long and sinks, the
     span that later queries see. plan: what the engine says about the next update.
@@ -68,7 +68,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.number, self.logical, self.reduced = number, 0, False
+        self.number, self.gone, self.reduced = number, 0, False
         self.real: Tensor | None = None
         self.position: Tensor | None = None
         self.end: Tensor | None = None
@@ -81,6 +81,11 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def held(self) -> int:
         """Tokens in the cache, padding included."""
         return 0 if not self.is_initialized or self.keys.numel() == 0 else int(self.keys.shape[-2])
+
+    @property
+    def logical(self) -> int:
+        """Tokens seen, as transformers counts."""
+        return self.held + self.gone
 
     @property
     def valid(self) -> Tensor | None:
@@ -98,12 +103,16 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
                 )
         elif forward.defers(self):
             return key_states, value_states
-        if self.plan is None and self.position is None:  # A step of decoding: only the length is to be kept account of.
-            self.logical += key_states.shape[-2]
-            return super().update(key_states, value_states)  # type: ignore[no-any-return]
+        if (
+            self.plan is None and self.position is None and self.is_initialized
+        ):  # A step of decoding: it costs what it must.
+            # One after the other: the memory of the old keys, free and still warm, may take the new values.
+            self.keys = torch.cat([self.keys, key_states], -2)
+            self.values = torch.cat([self.values, value_states], -2)
+            return self.keys, self.values
         plan = self.plan or KvPlan(key_states.shape[-2])
         self.plan = None
-        self.logical += plan.logical
+        logical = self.logical + plan.logical
         held, valid, position = self.held, plan.valid, plan.position
         if plan.reduction is not None and plan.size is not None and position is not None:
             key_states, value_states, position, valid = _reduced(
@@ -122,8 +131,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         if plan.window is not None:
             self.window, self.sinks = plan.window, plan.sinks
             self._forget(plan.draft)
-        self.reduced |= plan.repacked or plan.reduction is not None or self.window is not None
-        self.reduced |= self.held != self.logical
+        self.gone = logical - self.held
+        self.reduced |= plan.repacked or plan.reduction is not None or self.window is not None or self.gone != 0
         return keys, values
 
     def places(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -171,7 +180,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.logical, self.sinks, self.reduced = 0, 0, False
+        self.gone, self.sinks, self.reduced = 0, 0, False
         self.real = self.position = self.end = self.window = self.plan = None
         self.seen = (None, None)
 
@@ -179,9 +188,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         """Take back the last tokens. Only tokens that came after the reduced prefill can be."""
         before = self.held
         super().crop(tokens_to_remove)
-        gone = before - self.held
-        self.logical -= gone
-        self.end = None if self.end is None else self.end - gone
+        self.end = None if self.end is None else self.end - (before - self.held)
         self._each(lambda t: t[:, : self.held] if t.shape[1] > self.held else t)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -270,7 +277,7 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
             if old.get_seq_length() != old.keys.shape[-2]:
                 raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
             layer.lazy_initialization(old.keys, old.values)
-            layer.keys, layer.values, layer.logical = old.keys, old.values, int(old.keys.shape[-2])
+            layer.keys, layer.values = old.keys, old.values
             layer.real = valid
         layers.append(layer)
     cache.layers[:] = layers

@@ -22,11 +22,12 @@ class Hook:
         self.owner, self.method, self.extra = weakref.ref(owner), method, extra
         self.module = weakref.ref(module)
 
-    @torch.compiler.disable(reason="a token reduction begins or ends here")  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         owner = self.owner()
         if owner is None or self.module() is not module:
             return None
+        if torch.compiler.is_compiling():  # Asked because to be disabled costs as much again, at every token.
+            return _outside_the_graph(getattr(owner, self.method), *self.extra, module, *args)
         return getattr(owner, self.method)(*self.extra, module, *args)
 
     def __deepcopy__(self, memo: Any) -> Hook:
@@ -35,6 +36,11 @@ class Hook:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         host = getattr(self.owner(), "host", None)
         return inert, (getattr(host, "implementation", ""),)
+
+
+@torch.compiler.disable(reason="a token reduction begins or ends here")  # type: ignore[untyped-decorator]
+def _outside_the_graph(method: Any, *args: Any) -> Any:
+    return method(*args)
 
 
 class Inert:

@@ -22,7 +22,7 @@ from tokenreduce.engine.layers import LayerHooks
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
-from tokenreduce.engine.step import Step
+from tokenreduce.engine.step import Step, any_reduced, continued
 from tokenreduce.engine.traced import TracedHooks
 from tokenreduce.engine.vision import NoTower, TowerHooks
 from tokenreduce.engine.waiting import wait_for_others
@@ -177,10 +177,18 @@ class Run:
         self._ready()
         prompt, self._local.prompt = getattr(self._local, "prompt", None), None
         self._local.await_head = False
+        held = continued(kwargs, self._layout)
+        if held is not None:  # A step of decoding: what is cheap is asked first.
+            if not any_reduced(held):
+                return None
+            if Step.serves(kwargs.get("attention_mask"), self.host.implementation, self.host.config, held):
+                self._start(Step())
+                return args, {**kwargs, "attention_mask": None}
         call = Call.read(args, kwargs, prompt)
         layout = self._find_layout(call)
         if layout is None:
-            return self._begin_text(call, args, kwargs)
+            self._begin_text(call)
+            return None
         told = self._tower.take()
         if call.cache is not None:
             refuse_cache(call.cache)
@@ -211,14 +219,11 @@ class Run:
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
             )
 
-    def _begin_text(self, call: Call, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _begin_text(self, call: Call) -> None:
         """A forward without vision tokens: dense, unless the cache that it goes on with has been reduced."""
         held = token_layers(call.cache)
-        if any(layer.reduced for layer in held):
+        if any_reduced(held):
             refuse_call(self.host.family, self.host.config, call)
-            if Step.serves(call.width, self.host.implementation, self.host.config, held):
-                self._start(Step())
-                return args, {**kwargs, "attention_mask": None}
             if call.valid is not None and any(layer.position is not None for layer in held):
                 raise UnsupportedError(
                     f"{self.host.family}: stages at `kv` sites do not support padding in a later turn"
@@ -227,7 +232,6 @@ class Run:
         if held and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
             for layer in held:
                 layer.plan = KvPlan(call.width, call.valid)
-        return None
 
     def _find_layout(self, call: Call) -> TokenLayout | None:
         """The layout of the call's vision tokens; None if it has none."""

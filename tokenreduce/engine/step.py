@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tokenreduce.engine.cache import Joined, TokenLayer
+from tokenreduce.engine.cache import Joined, TokenLayer, token_layers
+from tokenreduce.layout import TokenLayout
+
+
+def continued(kwargs: Mapping[str, Any], layout: TokenLayout | None) -> list[TokenLayer] | None:
+    """The adopted cache layers that a call with one new token in each row goes on with; None if it is another kind of call."""
+    x = kwargs.get("inputs_embeds")
+    if x is None:
+        x = kwargs.get("input_ids")
+    if x is None or x.shape[1] != 1 or (layout is not None and layout.slot.shape[1] == 1):
+        return None
+    held = token_layers(kwargs.get("past_key_values"))
+    return held if held and held[0].held else None
+
+
+def any_reduced(held: Many[TokenLayer]) -> bool:
+    """Whether one of the layers holds other tokens than transformers believes."""
+    for layer in held:  # noqa: SIM110 - any() takes twice as long
+        if layer.reduced:
+            return True
+    return False
 
 
 class Step:
@@ -22,11 +43,16 @@ class Step:
         self.joined: Joined = {}
 
     @staticmethod
-    def serves(width: int, implementation: str, config: Any, held: Many[TokenLayer]) -> bool:
-        """Whether a call with `width` new tokens on these layers is such a step. SDPA alone ever goes without a mask."""
-        if width != 1 or implementation != "sdpa" or getattr(config, "sliding_window", None):
+    def serves(mask: Any, implementation: str, config: Any, held: Many[TokenLayer]) -> bool:
+        """Whether a call with one new token on these layers is such a step. SDPA alone ever goes without a mask."""
+        if implementation != "sdpa" or getattr(config, "sliding_window", None):
             return False
-        return all(layer.real is None and layer.position is None for layer in held)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return False  # It is to be refused.
+        for layer in held:  # noqa: SIM110
+            if layer.real is not None or layer.position is not None:
+                return False
+        return True
 
     def attention_layer(self, module: nn.Module) -> None:
         """None: no layer needs anything."""

@@ -19,15 +19,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from tokenreduce.engine.cache import TokenLayer, running
 from tokenreduce.errors import UnsupportedError
 
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
 PREFIX = "tokenreduce_"
+below: dict[str, Attention | None] = {}
+"""What each implementation was when a pipeline was last attached; None for what belongs to the family, as eager attention."""
 ATTACHED = "_tokenreduce_attached"
 """An attribute that attention modules have while a pipeline is attached."""
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def tapped(implementation: str) -> str:
     """The name of the tap around `implementation`, registered on first use."""
     name = PREFIX + implementation
+    below[implementation] = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
     if name not in ALL_ATTENTION_FUNCTIONS:
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             raise UnsupportedError(
@@ -42,11 +45,13 @@ def _tap(implementation: str) -> Attention:
     def attention(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        base = attention_below(implementation, module)
+        base = below[implementation] or attention_below(implementation, module)
         # Guards a compiled graph without a pipeline: hooks that come later do not, and models may share one configuration.
         getattr(module, ATTACHED, False)
         forward = running.forward
-        layer = None if forward is None else forward.attention_layer(module)
+        if forward is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        layer = forward.attention_layer(module)
         if layer is None:
             return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
         attend = forward.attend
