@@ -73,6 +73,21 @@ def test_stream_is_the_whole_many_times(
     check_stream(row, kind, plan, look, data)
 
 
+def test_a_window_that_slides_past_all_it_held() -> None:
+    """All frames merge into the first; then the window ends behind it, and the layer, empty, counts on."""
+    layout = tr.TokenLayout.video(before=0, frames=6, per_frame=4, after=3)
+    plan = pipeline(MERGE | {"threshold": -1.0, "stop_below": 0.0}, WINDOW | {"sinks": 0, "window": 9})
+    model, x = decoder(3, 32, "qwen2"), embeddings(layout, 32, "static")
+    one, _, trace = whole(model, plan, x, layout)
+    with tr.stream(model, plan, width=1) as stream, states(model) as seen:
+        with FlopCounterMode(display=False) as counter:
+            fed(stream, x, layout, [])
+        near(torch.cat(seen, 1), one)
+        same_trace(trace, stream.trace)
+        assert stream.trace.flops == counter.get_total_flops()
+        assert all(layer.position is not None and int(layer.position[0, -1]) == 26 for layer in stream.cache.layers)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3", "gemma3_text", "olmo2"])
 def test_families_and_kernels_in_float32(family: str, attention: str) -> None:

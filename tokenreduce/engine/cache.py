@@ -103,10 +103,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
                 )
         elif forward.defers(self):
             return key_states, value_states
-        if (
-            self.plan is None and self.position is None and self.is_initialized
-        ):  # A step of decoding: it costs what it must.
-            # One after the other: the memory of the old keys, free and still warm, may take the new values.
+        if self.plan is None and self.position is None and self.is_initialized:
+            # A step of decoding. One after the other: the memory of the old keys, free and warm, may take the new values.
             self.keys = torch.cat([self.keys, key_states], -2)
             self.values = torch.cat([self.values, value_states], -2)
             return self.keys, self.values

@@ -198,9 +198,11 @@ class Forward:
 
     def past(self, layer: int, rows: int, device: torch.device) -> Tensor:
         """(B,) long: tokens of earlier turns in each row."""
-        if not self.layers or not self.layers[layer].held:
+        held = self.layers[layer] if self.layers else None
+        # A window may have slid past all that a layer held; it goes on counting.
+        if held is None or (not held.held and held.end is None):
             return torch.zeros(rows, dtype=torch.long, device=device)
-        return self.layers[layer].places(rows, device)[1]
+        return held.places(rows, device)[1]
 
     # Attention ----------------------------------------------------------------------------------------------------------
 
