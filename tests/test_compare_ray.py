@@ -61,5 +61,5 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     ]
     workers = {row["worker"] for row in rows}
     assert victim in workers
-    assert len(workers) == 3  # two, and the one in the place of the dead
+    assert len(workers - {victim}) in (1, 2)  # the other, and if it came in time, the one in the place of the dead
     assert read_summary(tmp_path / "out")["complete"]
