@@ -50,7 +50,7 @@ def layouts(model: Any, inputs: dict[str, Tensor], **generate: Any) -> list[Toke
 
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        prompt = Prompt(ids, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs)
+        prompt = Prompt.read(ids, kwargs)
         found.append(adapter.layout(model, prompt))
 
     handle = model.model.register_forward_pre_hook(look, with_kwargs=True)
@@ -339,7 +339,7 @@ def tower_output(tokens: int) -> dict[str, Any]:
 
 
 def prompt_of(model: Any, inputs: dict[str, Any]) -> Prompt:
-    return Prompt(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"), inputs)
+    return Prompt.read(inputs["input_ids"], inputs)
 
 
 def test_qwen_positions_of_three_or_four_rows() -> None:

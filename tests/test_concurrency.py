@@ -17,6 +17,7 @@ from families import FAMILIES, Text, Video
 from tiny import assert_same, generate, hooks, layout, live_tensors, logits, prompt, snapshot, tiny_model
 
 import tokenreduce as tr
+from tokenreduce.errors import UnsupportedError
 
 THREADS, ROUNDS = 4, 3
 
@@ -160,6 +161,57 @@ def test_two_attachments_on_two_models() -> None:
         for ours in answers:
             assert_equal(ours, expected[number])
         assert_same(models[number], befores[number])
+
+
+def within(model: Any, call: Callable[[], Any]) -> tuple[torch.Tensor, Any]:
+    """Logits of `model`, and what `call` answered in the middle of that forward."""
+    answers: list[Any] = []
+    handle = model.model.layers[1].register_forward_hook(lambda *_: None if answers else answers.append(call()))
+    try:
+        return logits(model), answers[0]
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("preset", ["framefusion", "fastv", "streaming_llm"])
+def test_a_model_called_within_another_that_shares_its_configuration(preset: str, thread: bool) -> None:
+    """The end of the inner forward is not that of the outer one, in this thread or in another."""
+    outer, inner = tiny_model(), tiny_model(seed=1)
+    inner = type(inner)(outer.config).eval()
+    before = snapshot(outer)
+    call: Callable[[], Any] = lambda: logits(inner)  # noqa: E731
+    if thread:
+        call = lambda: at_once(lambda _: logits(inner), 1)[0]  # noqa: E731
+    dense = logits(inner)
+    with tr.reduce(outer, preset, budget=0.8, layout=layout()) as run:
+        expected = logits(outer), dense
+        kept = run.trace.kept
+        assert_equal(within(outer, call), expected)
+        with tr.reduce(inner, "random", budget=0.8, layout=layout()):
+            assert_equal(within(outer, call), (expected[0], logits(inner)))
+        assert_equal(run.trace.kept, kept)
+        assert outer.config._attn_implementation == "sdpa"
+    assert_same(outer, before)
+
+
+def test_a_model_called_within_itself_is_refused() -> None:
+    """The outer forward goes on as if nothing had happened."""
+    model = tiny_model()
+
+    def call() -> str:
+        with pytest.raises(UnsupportedError, match="called within a forward of its own") as error:
+            logits(model)
+        return str(error.value)
+
+    before = snapshot(model)
+    with tr.reduce(model, "framefusion", budget=0.8, layout=layout()) as run:
+        expected, kept = logits(model), run.trace.kept[0]
+        ours, message = within(model, call)
+        assert torch.equal(ours, expected)
+        assert torch.equal(run.trace.kept[0], kept)
+        assert "Qwen2ForCausalLM" in message
+    assert_same(model, before)
 
 
 def test_one_model_is_attached_by_one_thread_only() -> None:

@@ -230,7 +230,7 @@ class TestBatches:
         prompts: list[Prompt] = []
 
         def see(module: PreTrainedModel, args: tuple[()], kwargs: dict[str, Any]) -> None:
-            prompts.append(Prompt(kwargs["input_ids"], kwargs.get("position_ids"), kwargs["attention_mask"], kwargs))
+            prompts.append(Prompt.read(kwargs["input_ids"], kwargs))
 
         with tiny.register_forward_pre_hook(see, with_kwargs=True):
             tiny.generate(**batch, max_new_tokens=2, do_sample=False, num_beams=beams, pad_token_id=0)

@@ -61,6 +61,11 @@ class Prompt:
     attention_mask: Tensor | None
     kwargs: Mapping[str, Any]
 
+    @classmethod
+    def read(cls, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Prompt:
+        """The prompt of a call with these ids and arguments."""
+        return cls(input_ids, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs)
+
 
 class ModelAdapter(ABC):
     """Facts about a model family. Subclass, state `name` and `model_types`, and say where the vision tokens are."""

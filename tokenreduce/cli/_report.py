@@ -65,7 +65,7 @@ def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[Arm]) -> To
     adapter = next((adapter for adapter in (cls() for cls in plugins.adapters()) if adapter.matches(model)), None)
     if adapter is None or not reduced:
         return None
-    prompt = Prompt(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"), inputs)
+    prompt = Prompt.read(inputs["input_ids"], inputs)
     layout = adapter.layout(model, prompt)
     return None if layout is None else layout.to(torch.device("cpu"))
 

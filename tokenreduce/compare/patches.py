@@ -31,7 +31,7 @@ def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, Outcome
     dropped, png}, the first being the input; png is base64.
     """
     inputs = bench.prepare(item)
-    prompt = Prompt(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"), inputs)
+    prompt = Prompt.read(inputs["input_ids"], inputs)
     layout = bench.adapter.layout(bench.model, prompt)
     frames = _frames(bench, item)
     if layout is None or frames is None:

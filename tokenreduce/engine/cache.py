@@ -101,7 +101,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
                     "this KV cache was reduced by tokenreduce, and no pipeline is attached: attach it again to go on with the "
                     "cache"
                 )
-        elif forward.defers(self):
+        elif not forward.idle and forward.defers(self):
             return key_states, value_states
         if self.plan is None and self.position is None and self.is_initialized:
             # A step of decoding. One after the other: the memory of the old keys, free and warm, may take the new values.

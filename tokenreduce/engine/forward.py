@@ -24,7 +24,8 @@ from tokenreduce.trace import StageTrace
 class Forward:
     """State of one forward.
 
-    traced: whether torch.compile may trace it.
+    traced: whether torch.compile may trace it. idle: whether cache and attention have nothing to ask of it. outer: the forward
+    of another model that it runs within.
 
     Args:
         sequences: one per row; empty in a forward without vision tokens (a later turn on a reduced cache).
@@ -36,6 +37,8 @@ class Forward:
     """
 
     traced = False
+    idle = False
+    outer: Any = None
 
     def __init__(
         self,

@@ -19,6 +19,8 @@ TOKENS = 3
 class _Spy:
     """Stands in for a Forward during the probe and notes which layers' attention comes by."""
 
+    idle = False
+
     def __init__(self, modules: Mapping[int, int]) -> None:
         self.modules, self.seen = modules, set[int]()
 

@@ -12,6 +12,7 @@ from tokenreduce import cost
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine import call as calls
+from tokenreduce.engine import tap
 from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, running, token_layers
 from tokenreduce.engine.call import Call
 from tokenreduce.engine.checks import check_ran, check_spent, compiled, refuse_call, refuse_compiled, refuse_mode
@@ -22,6 +23,7 @@ from tokenreduce.engine.layers import LayerHooks
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
+from tokenreduce.engine.stack import calls_of
 from tokenreduce.engine.step import Step, any_reduced, continued
 from tokenreduce.engine.traced import TracedHooks
 from tokenreduce.engine.vision import NoTower, TowerHooks
@@ -30,6 +32,20 @@ from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
 from tokenreduce.trace import Trace
+
+
+class _Local(threading.local):
+    """What a thread keeps between the hooks of one call. Read at every token: class attributes spare it the question.
+
+    trace: of its last prefill. asked: the token ids and arguments of the call around the decoder. await_head: whether the
+    head's output belongs to `trace`. refused: whether a call within a forward was, whose end is not that forward's.
+    """
+
+    trace: Trace | None = None
+    asked: tuple[Tensor, dict[str, Any]] | None = None
+    await_head = False
+    refused = False
+
 
 attached: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 """The run of each decoder that has one. It lives as long as the decoder, also if the caller of `attach` let go of it."""
@@ -49,7 +65,7 @@ class Run:
         self.pipeline, self.budget, self.adapter = pipeline, pipeline.budget, adapter
         self.strategies, self.vision = build(pipeline), build_vision(pipeline)
         self._layout, self._fresh = layout, layout is not None
-        self._local = threading.local()
+        self._local = _Local()
         self._lock = threading.Lock()
         self._active: dict[int, Forward | Step] = {}
         self._last: Trace | None = None
@@ -68,7 +84,7 @@ class Run:
     @property
     def trace(self) -> Trace:
         """See the class. AttachError if nothing has run yet."""
-        trace = getattr(self._local, "trace", None) or self._last
+        trace = self._local.trace or self._last
         if trace is None:
             raise AttachError(
                 f"pipeline {self.pipeline.name} has no trace yet: no forward with vision tokens has run"
@@ -97,6 +113,8 @@ class Run:
         with self._lock:
             if running.forward in self._active.values():
                 running.forward = None
+            for forward in self._active.values():
+                self._untap(forward)
             self._active.clear()
             self._layer_hooks.remove()
             self._tower.remove()
@@ -106,7 +124,7 @@ class Run:
             if text is not None:
                 attached.pop(text, None)
             self.attached = False
-        self._local.prompt = None
+        self._local.asked = None
 
     def __enter__(self) -> Run:
         return self
@@ -158,14 +176,14 @@ class Run:
 
     # One forward ------------------------------------------------------------------------------------------------------
 
-    def note_prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def note_prompt(self, outermost: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a module around the decoder: keep the token ids for `begin`."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            self._local.prompt = Prompt(ids, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs)
-        elif module is self.host.model:
-            self._local.prompt = None  # Left by a call that failed before it came to the decoder.
-        if module is self.host.model:
+            self._local.asked = ids, kwargs
+        elif outermost:
+            self._local.asked = None  # Left by a call that failed before it came to the decoder.
+        if outermost and self.vision:
             self._tower.expect(1 if ids is None else len(ids), kwargs)
         if kwargs.get("labels") is not None:
             raise UnsupportedError(
@@ -175,8 +193,8 @@ class Run:
     def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the decoder: refuse what must be refused, and start the state of this forward."""
         self._ready()
-        prompt, self._local.prompt = getattr(self._local, "prompt", None), None
-        self._local.await_head = False
+        local = self._local
+        asked, local.asked, local.await_head = local.asked, None, False
         held = continued(kwargs, self._layout)
         if held is not None:  # A step of decoding: what is cheap is asked first.
             if not any_reduced(held):
@@ -184,7 +202,7 @@ class Run:
             if Step.serves(kwargs.get("attention_mask"), self.host.implementation, self.host.config, held):
                 self._start(Step())
                 return args, {**kwargs, "attention_mask": None}
-        call = Call.read(args, kwargs, prompt)
+        call = Call.read(args, kwargs, None if asked is None else Prompt.read(*asked))
         layout = self._find_layout(call)
         if layout is None:
             self._begin_text(call)
@@ -212,9 +230,14 @@ class Run:
         return args, kwargs
 
     def _ready(self) -> None:
-        if _me() in self._active:  # The last forward of this thread was broken off by Ctrl-C.
-            self._release()
-        if not self.host.tapped:
+        if self._active and _me() in self._active:
+            if calls_of(self.host.text) > 1:
+                self._local.refused = True
+                raise UnsupportedError(
+                    f"{self.host.family}: called within a forward of its own, which is not supported while a pipeline is attached"
+                )
+            self._release()  # The last forward of this thread was broken off by Ctrl-C.
+        if not self.host.unchanged:
             raise AttachError(
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
             )
@@ -264,17 +287,24 @@ class Run:
         with self._lock:
             # In one step, so that a thread that ends here cannot take the hooks off in between.
             self._active[_me()] = forward
+            if not forward.idle:
+                tap.turn_on(forward, self.host.config, self.host.implementation)
             if forward.sequences:
                 (self._traced_hooks if isinstance(forward, CompiledForward) else self._layer_hooks).install()
-        running.forward = forward
+        forward.outer, running.forward = running.forward, forward
 
     def _release(self) -> None:
-        running.forward = None
         with self._lock:
-            self._active.pop(_me(), None)
+            forward = self._active.pop(_me())
+            running.forward = forward.outer
+            self._untap(forward)
             if not any(forward.sequences for forward in self._active.values()):
                 self._layer_hooks.remove()
                 self._traced_hooks.remove()
+
+    def _untap(self, forward: Forward | Step) -> None:
+        if not forward.idle:
+            tap.turn_off(forward, self.host.config, self.host.implementation)
 
     def _current(self) -> Forward | None:
         forward = self._active.get(_me())
@@ -284,8 +314,11 @@ class Run:
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder, also when it raised: drop the state, and write the trace."""
-        forward = self._active.get(_me())
+        forward = self._active.get(_me()) if self._active else None
         if forward is None:
+            return
+        if self._local.refused:
+            self._local.refused = False
             return
         self._release()
         if isinstance(forward, Step) or not forward.sequences or output is None:
@@ -309,7 +342,7 @@ class Run:
 
     def note_head(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the head: how many positions had logits made."""
-        if getattr(self._local, "await_head", False):
+        if self._local.await_head and self._local.trace is not None:
             self._local.await_head = False
             self._local.trace.head_tokens = int(output.shape[1])
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from torch import nn
+
 LOOPS = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
 """The functions of transformers' generate() that call a model."""
 
@@ -29,6 +31,12 @@ def in_compiled_call() -> bool:
         and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
         for frame in _stack()
     )
+
+
+def calls_of(module: nn.Module) -> int:
+    """How many calls of `module`, not compiled ones, are going on, one within the other."""
+    code = nn.Module._call_impl.__code__
+    return sum(frame.f_code is code and frame.f_locals.get("self") is module for frame in _stack())
 
 
 def in_generation() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenreduce.engine.cache import Joined, TokenLayer, token_layers
 from tokenreduce.layout import TokenLayout
@@ -34,10 +34,12 @@ def any_reduced(held: Many[TokenLayer]) -> bool:
 class Step:
     """State of a forward with one new token in each row, on a reduced cache without padding: it needs no mask at all.
 
-    It has what cache and tap ask of a Forward, and leaves attention to transformers. Not for layers reduced at `kv` sites.
+    It says that these tokens are the engine's, and leaves all else to transformers. Not for layers reduced at `kv` sites.
     """
 
     sequences: tuple[()] = ()
+    idle = True
+    outer: Any = None
 
     def __init__(self) -> None:
         self.joined: Joined = {}
@@ -53,10 +55,3 @@ class Step:
             if layer.real is not None or layer.position is not None:
                 return False
         return True
-
-    def attention_layer(self, module: nn.Module) -> None:
-        """None: no layer needs anything."""
-
-    def defers(self, layer: TokenLayer) -> bool:
-        """No."""
-        return False

@@ -284,7 +284,7 @@ class Stream(Run):
         """After the decoder; after the last piece, write the trace."""
         piece: Piece | None = getattr(self._local, "piece", None)
         forward = self._active.get(get_ident())
-        if piece is None or forward is None:
+        if piece is None or forward is None or self._local.refused:
             return super().end(module, args, kwargs, output)
         self._release()
         if output is None:
