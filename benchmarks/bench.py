@@ -24,7 +24,10 @@ sys.path.insert(0, str(HERE))
 from harness import Options, machine  # noqa: E402
 
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-CASES = ("prefill", "prefill_bf16", "overhead", "importance", "batch", "memory", "end_to_end", "compiled", "scale")
+CASES = (
+    "prefill", "prefill_bf16_products", "prefill_bf16", "overhead", "importance", "batch", "memory", "end_to_end", "compiled",
+    "scale",
+)  # fmt: skip
 """In the order of docs/benchmarks.md."""
 
 

@@ -78,6 +78,13 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "min": min(times), "max": max(times), "runs": len(times)}
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median of as many independent values as theirs, by ranks: no distribution is assumed."""
+    ranked, reach = sorted(values), 0.98 * len(values) ** 0.5
+    middle = len(ranked) / 2
+    return ranked[max(0, int(middle - reach))], ranked[min(len(ranked) - 1, int(middle + reach))]
+
+
 def paired_ratio(top: Sequence[float], bottom: Sequence[float]) -> dict[str, float]:
     """Ratio of each turn's times: median and extremes. Turns lie side by side in time, so drift of the machine cancels."""
     return summary([a / b for a, b in zip(top, bottom, strict=True)])

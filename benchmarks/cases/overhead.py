@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
+import copy
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import HIDDEN, Options, Row, decoder, spread, summary, table, take_turns, video
+from harness import HIDDEN, Options, Row, decoder, median_interval, spread, summary, table, take_turns, video
 from transformers import DynamicCache
 
 import tokenreduce as tr
@@ -16,8 +16,8 @@ import tokenreduce as tr
 LAYERS = 24
 NARROW = 128
 """Width of the decoder whose steps are timed: what the engine does in a step is Python, and a wide one's noise would hide it."""
-BLOCK, COLD = 40, 5
-"""Steps of a block that count, and steps before them."""
+COLD = 10
+"""Steps before those that count: Python has just seen its code change."""
 TITLE = f"Nothing for nothing: {LAYERS} layers of width {HIDDEN}"
 EMPTY = {"name": "empty", "stages": []}
 KEEP_ALL = {"name": "keep all", "budget": 1.0, "stages": [{"strategy": "uniform_frames"}]}
@@ -37,7 +37,7 @@ def measure(options: Options) -> dict[str, Any]:
             _prefill(model, narrow, embeds, layout, p, 6 if options.quick else 40) for p in (EMPTY, KEEP_ALL, READ_ALL)
         ],
         "decode": [
-            _decode(narrow, embeds[..., :NARROW], layout, p, 4 if options.quick else 30)
+            _decode(narrow, embeds[..., :NARROW], layout, p, 30 if options.quick else 250)
             for p in (EMPTY, KEEP_ALL, READ_ALL, REDUCED)
         ],
     }
@@ -77,46 +77,56 @@ def _prefill(wide: Any, narrow: Any, embeds: torch.Tensor, layout: tr.TokenLayou
 
 
 def _decode(model: Any, embeds: torch.Tensor, layout: tr.TokenLayout, pipeline: Any, turns: int) -> Row:
-    """Blocks of steps in turns; each step takes its token back, so that all are alike.
+    """Steps of two models with the same weights in turns, one attached and one not, which change places three times.
 
-    Only the step itself is in the time. The dense cache has what the attached one holds, token for token.
+    So what the place in memory of either does is in both arms. Each step takes its token back, outside of the time, so that all
+    are alike. The dense cache has what the attached one holds, token for token.
     """
+    models = [model, copy.deepcopy(model)]
     token = torch.zeros(1, 1, dtype=torch.long)
     seconds: dict[str, list[float]] = {"dense": [], "attached": []}
 
-    def block(cache: DynamicCache) -> float:
-        """Median of a block's steps without the first ones, whose code Python has just seen change."""
-        took = []
-        for _ in range(BLOCK + COLD):
-            started = time.perf_counter()
-            model(input_ids=token, past_key_values=cache)
-            took.append(time.perf_counter() - started)
-            cache.crop(-1)
-        return statistics.median(took[COLD:])
+    def step(name: str, subject: Any, cache: DynamicCache, counts: bool) -> None:
+        started = time.perf_counter()
+        subject(input_ids=token, past_key_values=cache)
+        if counts:
+            seconds[name].append(time.perf_counter() - started)
+        cache.crop(-1)
 
-    with torch.inference_mode():
+    for swap in (False, True, False, True):
+        subject, other = models[swap], models[not swap]
         attached, dense = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        with tr.reduce(model, pipeline, layout=layout):
-            model(inputs_embeds=embeds, past_key_values=attached, logits_to_keep=1)
-        for number, layer in enumerate(attached.layers):
-            dense.update(layer.keys.clone(), layer.values.clone(), number)
-        for turn in range(turns):
-            for name in ("dense", "attached")[:: 1 if turn % 2 else -1]:
-                if name == "dense":
-                    seconds[name].append(block(dense))
-                    continue
-                with tr.reduce(model, pipeline, layout=layout) as run:
-                    run._fresh = False  # Its prompt has been prefilled already.
-                    seconds[name].append(block(attached))
+        with torch.inference_mode(), tr.reduce(subject, pipeline, layout=layout):
+            subject(inputs_embeds=embeds, past_key_values=attached, logits_to_keep=1)
+            for number, layer in enumerate(attached.layers):
+                dense.update(layer.keys.clone(), layer.values.clone(), number)
+            arms = [("dense", other, dense), ("attached", subject, attached)]
+            for turn in range(-COLD, turns):
+                for name, its, cache in arms[:: 1 if turn % 2 else -1]:
+                    step(name, its, cache, turn >= 0)
     extra = [1e3 * (a - d) for a, d in zip(seconds["attached"], seconds["dense"], strict=True)]
-    print(f"  decode, {pipeline['name']}: {summary(extra)['median']:+.3f} ms a step", flush=True)
-    return {"pipeline": pipeline["name"], "extra_ms": summary(extra), "dense": summary(seconds["dense"])}
+    row = {
+        "pipeline": pipeline["name"],
+        "extra_ms": summary(extra) | {"interval": median_interval(extra)},
+        "dense": summary(seconds["dense"]),
+    }
+    low, high = row["extra_ms"]["interval"]
+    print(
+        f"  decode, {row['pipeline']}: {row['extra_ms']['median']:+.3f} ms a step ({low:+.3f} to {high:+.3f})",
+        flush=True,
+    )
+    return row
 
 
 def section(data: dict[str, Any], docs: Path) -> list[str]:
     """Three short tables."""
     decode = [
-        (r["pipeline"], f"{1e3 * r['dense']['median']:.2f}", f"{r['extra_ms']['median']:+.3f}", r["extra_ms"]["runs"])
+        (
+            r["pipeline"],
+            f"{1e3 * r['dense']['median']:.2f}",
+            "{:+.3f} ({:+.3f} to {:+.3f})".format(r["extra_ms"]["median"], *r["extra_ms"]["interval"]),
+            r["extra_ms"]["runs"],
+        )
         for r in data["decode"]
     ]
     prefill = [
@@ -134,7 +144,8 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
         f"{data['tokens']:,} tokens. Hooks on the model between two forwards: {hooks}. The engine's work in a step, and in a",
         "prefill all but the reading of attention, is Python that does not depend on the width, so it is measured where the",
         f"noise is least: at width {NARROW}. Attaching and detaching is inside the prefill's time and outside of the",
-        "step's; the step's dense cache holds what the attached one does.",
+        "step's. Steps of two models with the same weights take turns, and the models change places three times; the dense",
+        "one's cache holds what the attached one's does.",
         "",
         *table(
             ("pipeline", "ms more in a prefill", f"dense prefill s, width {HIDDEN}", "share of it", "turns"), prefill
@@ -144,8 +155,8 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
             (
                 f"pipeline, width {NARROW}",
                 "dense decode step ms",
-                "attached, ms more (median of pairs)",
-                "pairs of blocks",
+                "attached, ms more: median of pairs (its 95 % interval)",
+                "pairs of steps",
             ),
             decode,
         ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import HIDDEN, Options, Row, decoder, paired_ratio, spread, summary, table, take_turns, video
 from matplotlib.figure import Figure
+from torch import nn
 
 import tokenreduce as tr
 from tokenreduce.cost import DecoderShape, prefill_flops
@@ -28,10 +30,19 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def setting_rows(
-    frames: int, dtype: torch.dtype, budgets: tuple[float, ...], repeats: int, names: tuple[str, ...] = PIPELINES
+    frames: int,
+    dtype: torch.dtype,
+    budgets: tuple[float, ...],
+    repeats: int,
+    names: tuple[str, ...] = PIPELINES,
+    prepare: Callable[[nn.Module], object] = lambda model: None,
 ) -> list[Row]:
-    """A row for each pipeline and budget. The warm-up is a short video: a turn takes minutes."""
+    """A row for each pipeline and budget. The warm-up is a short video: a turn takes minutes.
+
+    prepare: what to do to the model before.
+    """
     model = decoder(LAYERS, dtype=dtype)
+    prepare(model)
     traces: dict[tuple[str, float], tr.Trace] = {}
     embeds, layout = video(2, dtype=dtype)
 
