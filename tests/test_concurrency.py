@@ -17,6 +17,7 @@ from families import FAMILIES, Text, Video
 from tiny import assert_same, generate, hooks, layout, live_tensors, logits, prompt, snapshot, tiny_model
 
 import tokenreduce as tr
+from tokenreduce.engine.cache import running
 from tokenreduce.errors import UnsupportedError
 
 THREADS, ROUNDS = 4, 3
@@ -86,7 +87,7 @@ class Yielding:
 def test_a_thread_that_ends_does_not_take_the_hooks_from_one_that_begins() -> None:
     model = tiny_model(num_hidden_layers=2)
     with tr.reduce(model, "random", budget=0.8, layout=layout()) as run:
-        run._lock = Yielding()  # type: ignore[assignment]
+        run._ongoing.lock = Yielding()  # type: ignore[assignment]
         expected = [logits(model, prompt(seed)) for seed in range(THREADS)]
         got = at_once(lambda thread: [logits(model, prompt(thread)) for _ in range(40)])
     for thread in range(THREADS):
@@ -98,12 +99,12 @@ def test_a_hook_of_a_layer_called_for_nothing() -> None:
     """Another thread may take the hooks off between torch's looking at them and calling them: then without keywords."""
     model = tiny_model()
     with tr.reduce(model, "framefusion", budget=0.8, layout=layout()) as run:
-        run._layer_hooks.install()
+        run._ongoing.layer_hooks.install()
         for layer in model.model.layers:
             for module in (layer, layer.post_attention_layernorm):
                 hook = list(module._forward_pre_hooks.values())[-1]
                 assert hook(module, (torch.zeros(1, 1, 32),)) is None
-        run._layer_hooks.remove()
+        run._ongoing.layer_hooks.remove()
 
 
 def test_threads_with_prompts_of_different_length_and_text() -> None:
@@ -212,6 +213,31 @@ def test_a_model_called_within_itself_is_refused() -> None:
         assert torch.equal(run.trace.kept[0], kept)
         assert "Qwen2ForCausalLM" in message
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("first", ["outer", "inner"])
+def test_ctrl_c_in_a_model_called_within_another(first: str) -> None:
+    """Whichever is called next: neither finds anything of what was broken off."""
+    models = {"outer": tiny_model(), "inner": tiny_model(seed=1)}
+    befores = {name: snapshot(model) for name, model in models.items()}
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        tr.reduce(models["outer"], "streaming_llm", budget=0.8, layout=layout()),
+        tr.reduce(models["inner"], "framefusion", budget=0.8, layout=layout()),
+    ):
+        expected = {name: logits(model) for name, model in models.items()}
+        handle = models["inner"].model.layers[2].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            within(models["outer"], lambda: logits(models["inner"]))
+        handle.remove()
+        for name in sorted(models, reverse=first == "outer"):
+            assert torch.equal(logits(models[name]), expected[name])
+        assert running.forward is None
+    for name, model in models.items():
+        assert_same(model, befores[name])
 
 
 def test_one_model_is_attached_by_one_thread_only() -> None:

@@ -23,6 +23,8 @@ call.py      one call of the decoder: its layout, its sequences
 stack.py     what called, read from the stack
 checks.py    what is refused by name
 waiting.py   waiting for forwards of other threads
+ongoing.py   the forwards that go on, in whatever thread
+step.py      a step of decoding that only goes on
 run.py       a pipeline on a model: how a forward begins and ends
 attach.py    attach, reduce, detach
 stream.py    a sequence that comes in chunks: pieces of it through the decoder

@@ -18,6 +18,18 @@ from tokenreduce.errors import UnsupportedError
 from tokenreduce.reduction import Reduction
 
 
+class Activity:
+    """What may run in a thread.
+
+    idle: whether cache and attention have nothing to ask of it. outer: what it runs within, a forward of another model.
+    over: whether it has ended, or was broken off.
+    """
+
+    idle = False
+    outer: Activity | None = None
+    over = False
+
+
 class Running(threading.local):
     """What runs in a thread: the engine's forward, if any. Every attention asks: a class attribute is the fastest answer."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.budget import SPAN_BLOCK
-from tokenreduce.engine.cache import Joined, KvPlan, TokenLayer, lengthened
+from tokenreduce.engine.cache import Activity, Joined, KvPlan, TokenLayer, lengthened
 from tokenreduce.engine.kv import plan_kv
 from tokenreduce.engine.reading import Reading, reading_sites
 from tokenreduce.engine.schedule import StageRun, attend
@@ -21,11 +21,10 @@ from tokenreduce.strategy import Decision, Heads, Queries, Site
 from tokenreduce.trace import StageTrace
 
 
-class Forward:
+class Forward(Activity):
     """State of one forward.
 
-    traced: whether torch.compile may trace it. idle: whether cache and attention have nothing to ask of it. outer: the forward
-    of another model that it runs within.
+    traced: whether torch.compile may trace it.
 
     Args:
         sequences: one per row; empty in a forward without vision tokens (a later turn on a reduced cache).
@@ -37,8 +36,6 @@ class Forward:
     """
 
     traced = False
-    idle = False
-    outer: Any = None
 
     def __init__(
         self,

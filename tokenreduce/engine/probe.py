@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapter import FfnPair
-from tokenreduce.engine.cache import running
+from tokenreduce.engine.cache import Activity, running
 from tokenreduce.errors import UnsupportedError
 
 TOKENS = 3
 
 
-class _Spy:
+class _Spy(Activity):
     """Stands in for a Forward during the probe and notes which layers' attention comes by."""
-
-    idle = False
 
     def __init__(self, modules: Mapping[int, int]) -> None:
         self.modules, self.seen = modules, set[int]()

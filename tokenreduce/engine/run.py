@@ -12,20 +12,18 @@ from tokenreduce import cost
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine import call as calls
-from tokenreduce.engine import tap
-from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, running, token_layers
+from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, token_layers
 from tokenreduce.engine.call import Call
 from tokenreduce.engine.checks import check_ran, check_spent, compiled, refuse_call, refuse_compiled, refuse_mode
 from tokenreduce.engine.compiled import CompiledForward
 from tokenreduce.engine.forward import Forward
 from tokenreduce.engine.host import Host
-from tokenreduce.engine.layers import LayerHooks
+from tokenreduce.engine.ongoing import Ongoing
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
 from tokenreduce.engine.stack import calls_of
 from tokenreduce.engine.step import Step, any_reduced, continued
-from tokenreduce.engine.traced import TracedHooks
 from tokenreduce.engine.vision import NoTower, TowerHooks
 from tokenreduce.engine.waiting import wait_for_others
 from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
@@ -66,8 +64,6 @@ class Run:
         self.strategies, self.vision = build(pipeline), build_vision(pipeline)
         self._layout, self._fresh = layout, layout is not None
         self._local = _Local()
-        self._lock = threading.Lock()
-        self._active: dict[int, Forward | Step] = {}
         self._last: Trace | None = None
         self.attached = False
         if pipeline.stages:
@@ -109,16 +105,10 @@ class Run:
         """
         if not self.attached:
             return
-        wait_for_others(lambda thread: thread in self._active or thread in self._tower.busy, self.pipeline.name)
-        with self._lock:
-            if running.forward in self._active.values():
-                running.forward = None
-            for forward in self._active.values():
-                self._untap(forward)
-            self._active.clear()
-            self._layer_hooks.remove()
+        wait_for_others(lambda thread: self._ongoing.within(thread) or thread in self._tower.busy, self.pipeline.name)
+        with self._ongoing.lock:
+            self._ongoing.clear()
             self._tower.remove()
-            self._traced_hooks.remove()
             self.host.give_back()
             text = self.host.decoder()
             if text is not None:
@@ -146,8 +136,7 @@ class Run:
         sites = {site for strategy in self.strategies for site in strategy.schedule(len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
-        self._layer_hooks = LayerHooks(host.layers, pairs, self._current, host.family)
-        self._traced_hooks = TracedHooks(host.layers, pairs)
+        self._ongoing = Ongoing(host, pairs)
         host.take(self, pairs)
         self._tower.install()
         attached[host.text] = self
@@ -192,15 +181,15 @@ class Run:
 
     def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the decoder: refuse what must be refused, and start the state of this forward."""
-        self._ready()
         local = self._local
         asked, local.asked, local.await_head = local.asked, None, False
+        self._ready()
         held = continued(kwargs, self._layout)
         if held is not None:  # A step of decoding: what is cheap is asked first.
             if not any_reduced(held):
                 return None
             if Step.serves(kwargs.get("attention_mask"), self.host.implementation, self.host.config, held):
-                self._start(Step())
+                self._ongoing.start(Step())
                 return args, {**kwargs, "attention_mask": None}
         call = Call.read(args, kwargs, None if asked is None else Prompt.read(*asked))
         layout = self._find_layout(call)
@@ -226,17 +215,17 @@ class Run:
         layers = [] if cache is None else adopt(cache, len(self.host.layers), call.valid_past)
         forward = self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs))
         forward.stages += told
-        self._start(forward)
+        self._ongoing.start(forward)
         return args, kwargs
 
     def _ready(self) -> None:
-        if self._active and _me() in self._active:
+        if self._ongoing.here() is not None:
             if calls_of(self.host.text) > 1:
                 self._local.refused = True
                 raise UnsupportedError(
                     f"{self.host.family}: called within a forward of its own, which is not supported while a pipeline is attached"
                 )
-            self._release()  # The last forward of this thread was broken off by Ctrl-C.
+            self._ongoing.release()  # The last forward of this thread was broken off by Ctrl-C.
         if not self.host.unchanged:
             raise AttachError(
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
@@ -251,7 +240,7 @@ class Run:
                 raise UnsupportedError(
                     f"{self.host.family}: stages at `kv` sites do not support padding in a later turn"
                 )
-            self._start(self._forward(call, [], held, []))
+            self._ongoing.start(self._forward(call, [], held, []))
         if held and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
             for layer in held:
                 layer.plan = KvPlan(call.width, call.valid)
@@ -283,44 +272,15 @@ class Run:
     def _compiled(self) -> bool:
         return compiled([self.host.text, *self.host.layers])
 
-    def _start(self, forward: Forward | Step) -> None:
-        with self._lock:
-            # In one step, so that a thread that ends here cannot take the hooks off in between.
-            self._active[_me()] = forward
-            if not forward.idle:
-                tap.turn_on(forward, self.host.config, self.host.implementation)
-            if forward.sequences:
-                (self._traced_hooks if isinstance(forward, CompiledForward) else self._layer_hooks).install()
-        forward.outer, running.forward = running.forward, forward
-
-    def _release(self) -> None:
-        with self._lock:
-            forward = self._active.pop(_me())
-            running.forward = forward.outer
-            self._untap(forward)
-            if not any(forward.sequences for forward in self._active.values()):
-                self._layer_hooks.remove()
-                self._traced_hooks.remove()
-
-    def _untap(self, forward: Forward | Step) -> None:
-        if not forward.idle:
-            tap.turn_off(forward, self.host.config, self.host.implementation)
-
-    def _current(self) -> Forward | None:
-        forward = self._active.get(_me())
-        if not isinstance(forward, Forward) or isinstance(forward, CompiledForward):
-            return None
-        return forward if forward.sequences else None
-
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder, also when it raised: drop the state, and write the trace."""
-        forward = self._active.get(_me()) if self._active else None
+        forward = self._ongoing.here()
         if forward is None:
             return
         if self._local.refused:
             self._local.refused = False
             return
-        self._release()
+        self._ongoing.release()
         if isinstance(forward, Step) or not forward.sequences or output is None:
             return  # None: the forward raised, and the hook is called all the same.
         self._fresh = False
@@ -345,7 +305,3 @@ class Run:
         if self._local.await_head and self._local.trace is not None:
             self._local.await_head = False
             self._local.trace.head_tokens = int(output.shape[1])
-
-
-def _me() -> int:
-    return threading.get_ident()

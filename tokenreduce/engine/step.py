@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.engine.cache import Joined, TokenLayer, token_layers
+from tokenreduce.engine.cache import Activity, Joined, TokenLayer, token_layers
 from tokenreduce.layout import TokenLayout
 
 
@@ -31,7 +31,7 @@ def any_reduced(held: Many[TokenLayer]) -> bool:
     return False
 
 
-class Step:
+class Step(Activity):
     """State of a forward with one new token in each row, on a reduced cache without padding: it needs no mask at all.
 
     It says that these tokens are the engine's, and leaves all else to transformers. Not for layers reduced at `kv` sites.
@@ -39,7 +39,6 @@ class Step:
 
     sequences: tuple[()] = ()
     idle = True
-    outer: Any = None
 
     def __init__(self) -> None:
         self.joined: Joined = {}

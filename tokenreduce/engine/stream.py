@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -277,16 +276,16 @@ class Stream(Run):
             implementation=self.host.implementation, config=self.host.config, group=self.host.group,
         )  # fmt: skip
         self._ledger.before(self._cached)
-        self._start(forward)
+        self._ongoing.start(forward)
         return args, kwargs
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder; after the last piece, write the trace."""
         piece: Piece | None = getattr(self._local, "piece", None)
-        forward = self._active.get(get_ident())
+        forward = self._ongoing.here()
         if piece is None or forward is None or self._local.refused:
             return super().end(module, args, kwargs, output)
-        self._release()
+        self._ongoing.release()
         if output is None:
             return None
         check_ran(self.host.family, self.shape.layers, forward.sequences)

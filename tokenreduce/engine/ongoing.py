@@ -1,0 +1,81 @@
+"""The forwards of an attachment that go on, and what is on the model only while they do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from tokenreduce.adapter import FfnPair
+from tokenreduce.engine import tap
+from tokenreduce.engine.cache import running
+from tokenreduce.engine.compiled import CompiledForward
+from tokenreduce.engine.forward import Forward
+from tokenreduce.engine.host import Host
+from tokenreduce.engine.layers import LayerHooks
+from tokenreduce.engine.step import Step
+from tokenreduce.engine.traced import TracedHooks
+
+
+class Ongoing:
+    """At most one forward in each thread. The tap and the layers' hooks are on while one of them needs them.
+
+    lock: held while a forward begins or ends.
+    """
+
+    def __init__(self, host: Host, pairs: Mapping[int, FfnPair]) -> None:
+        self.host, self.lock = host, threading.Lock()
+        self.layer_hooks = LayerHooks(host.layers, pairs, self.reducing, host.family)
+        self.traced_hooks = TracedHooks(host.layers, pairs)
+        self._forwards: dict[int, Forward | Step] = {}
+
+    def here(self) -> Forward | Step | None:
+        """The one of this thread. At nearly every token there is none in any."""
+        return self._forwards.get(threading.get_ident()) if self._forwards else None
+
+    def reducing(self) -> Forward | None:
+        """The one of this thread, if the hooks of uncompiled layers are for it."""
+        forward = self.here()
+        if not isinstance(forward, Forward) or isinstance(forward, CompiledForward):
+            return None
+        return forward if forward.sequences else None
+
+    def within(self, thread: int | None) -> bool:
+        """Whether one goes on in `thread`."""
+        return thread in self._forwards
+
+    def start(self, forward: Forward | Step) -> None:
+        """`forward` begins in this thread. In one step, so that a thread that ends here cannot take the hooks off in between."""
+        with self.lock:
+            self._forwards[threading.get_ident()] = forward
+            if not forward.idle:
+                tap.turn_on(forward, self.host.config, self.host.implementation)
+            if forward.sequences:
+                (self.traced_hooks if isinstance(forward, CompiledForward) else self.layer_hooks).install()
+        forward.outer, running.forward = running.forward, forward
+
+    def release(self) -> None:
+        """The one of this thread has ended, or was broken off."""
+        with self.lock:
+            forward = self._forwards.pop(threading.get_ident())
+            self._over(forward)
+            running.forward = None if forward.outer is None or forward.outer.over else forward.outer
+            if not any(forward.sequences for forward in self._forwards.values()):
+                self._remove_hooks()
+
+    def clear(self) -> None:
+        """Forget all of them, the broken-off ones of other threads too. The caller holds the lock."""
+        if running.forward in self._forwards.values():
+            running.forward = None
+        for forward in self._forwards.values():
+            self._over(forward)
+        self._forwards.clear()
+        self._remove_hooks()
+
+    def _over(self, forward: Forward | Step) -> None:
+        forward.over = True
+        if not forward.idle:
+            tap.turn_off(forward, self.host.config, self.host.implementation)
+
+    def _remove_hooks(self) -> None:
+        self.layer_hooks.remove()
+        self.traced_hooks.remove()
