@@ -52,17 +52,17 @@ LAST_ROW = {
 }
 
 
-def config(kv_heads: int) -> Qwen2Config:
+def config(kv_heads: int, ffn: int = 448) -> Qwen2Config:
     return Qwen2Config(
-        hidden_size=HIDDEN, intermediate_size=448, num_hidden_layers=DEPTH, num_attention_heads=4,
+        hidden_size=HIDDEN, intermediate_size=ffn, num_hidden_layers=DEPTH, num_attention_heads=4,
         num_key_value_heads=kv_heads, vocab_size=300, max_position_embeddings=4096, initializer_range=0.1,
     )  # fmt: skip
 
 
-def decoder(kv_heads: int, dtype: torch.dtype, implementation: str = "sdpa") -> Any:
+def decoder(kv_heads: int, dtype: torch.dtype, implementation: str = "sdpa", ffn: int = 448) -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(kv_heads), attn_implementation=implementation).to(dtype).eval()
+    return AutoModelForCausalLM.from_config(config(kv_heads, ffn), attn_implementation=implementation).to(dtype).eval()
 
 
 class PeakBytes(TorchDispatchMode):
@@ -118,6 +118,13 @@ def live_and_forecast(model: Any, pipeline: Any) -> tuple[int, Peak]:
 def test_the_worst_moment_of_a_prefill_is_forecast(pipeline: Any, kv_heads: int, dtype: torch.dtype) -> None:
     live, peak = live_and_forecast(decoder(kv_heads, dtype), pipeline)
     assert abs(live - peak.total) <= (0.003 if pipeline is None else 0.05) * live
+
+
+@pytest.mark.parametrize("ffn", [64, HIDDEN])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_decoder_whose_attention_takes_more_than_its_ffn(kv_heads: int, ffn: int) -> None:
+    live, peak = live_and_forecast(decoder(kv_heads, torch.float32, ffn=ffn), None)
+    assert abs(live - peak.total) <= 0.003 * live
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -111,8 +111,9 @@ def prefill_peak(
         scores = shape.heads * a * a if eager else 0
         # A norm squares and scales in float32, two copies at once.
         moment(layer, layer, stream, exact=a * width)
-        # Rotary embedding: the norm's output, queries, keys, values, and the products that become the queries.
-        moment(layer, layer, stream + a * (width + 4 * heads + 2 * groups))
+        # Rotary embedding: the norm's output, queries, keys, values, and the products that become the queries, then the keys.
+        rotary = max(4 * heads + 2 * groups, 2 * heads + 5 * groups)
+        moment(layer, layer, stream + a * (width + rotary))
         if eager:
             softmax = stream + a * (width + 4 * heads) + (scores if dtype_bytes < 4 else 0)
             moment(layer, layer + 1, softmax, exact=scores)

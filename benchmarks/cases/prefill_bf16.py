@@ -12,7 +12,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from cases.prefill import LAYERS, Setting, rows_table, setting_rows
 from tokenreduce.cost import DecoderShape, attention_pairs, prefill_flops
 
-TITLE = f"Prefill in bfloat16: {LAYERS} layers of width {HIDDEN}"
+TITLE = f"Prefill in bfloat16, torch's own products: {LAYERS} layers of width {HIDDEN}"
 SETTINGS: tuple[Setting, ...] = ((20, torch.bfloat16, (0.3,), 1), (40, torch.bfloat16, (0.3,), 1))
 QUICK: tuple[Setting, ...] = ((1, torch.bfloat16, (0.7,), 1),)
 QUERIES, HEADS, WIDTH, INNER = 4096, 14, 64, 4864
@@ -76,9 +76,9 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
     return [
         *rows_table(data),
         "",
-        f"FLOPs are not alike: {rates}. Where a matrix product takes longer per FLOP than attention (a CPU",
-        "without instructions for bfloat16), the squares that reduction saves weigh less than their count. With each kind of",
-        "FLOP at the speed of its kernel:",
+        f"FLOPs are not alike: {rates}.",
+        "Where a matrix product takes longer per FLOP than attention (a CPU without instructions for bfloat16), the squares",
+        "that reduction saves weigh less than their count. With each kind of FLOP at the speed of its kernel:",
         "",
         *table(("N", "pipeline", "measured", "predicted by kernels", "measured ÷ predicted"), cells),
     ]
