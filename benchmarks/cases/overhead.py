@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import tokenreduce as tr
 LAYERS = 24
 NARROW = 128
 """Width of the decoder whose steps are timed: what the engine does in a step is Python, and a wide one's noise would hide it."""
-COLD = 10
-"""Steps before those that count: Python has just seen its code change."""
+STEPS, COLD = 40, 10
+"""Steps of a round that count, and steps before them: Python has just seen its code change."""
 TITLE = f"Nothing for nothing: {LAYERS} layers of width {HIDDEN}"
 EMPTY = {"name": "empty", "stages": []}
 KEEP_ALL = {"name": "keep all", "budget": 1.0, "stages": [{"strategy": "uniform_frames"}]}
@@ -26,18 +27,20 @@ READ_ALL = {"name": "keep all, attention read", "budget": 1.0, "stages": [{"stra
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Prefill and decode steps, attached and not, step by step in turns on one model."""
+    """Prefill and decode steps, attached and not, in turns."""
     model, narrow = decoder(LAYERS), decoder(LAYERS, NARROW)
     embeds, layout = video(2 if options.quick else 4)
+    short, frame = video(1)
     return {
         "layers": LAYERS,
         "tokens": embeds.shape[1],
+        "decode_tokens": short.shape[1],
         "hooks": {pipeline["name"]: _hooks(model, pipeline, layout) for pipeline in (EMPTY, KEEP_ALL)},
         "prefill": [
             _prefill(model, narrow, embeds, layout, p, 6 if options.quick else 40) for p in (EMPTY, KEEP_ALL, READ_ALL)
         ],
         "decode": [
-            _decode(narrow, embeds[..., :NARROW], layout, p, 30 if options.quick else 250)
+            _decode(narrow, short[..., :NARROW], frame, p, 4 if options.quick else 40)
             for p in (EMPTY, KEEP_ALL, READ_ALL, REDUCED)
         ],
     }
@@ -76,39 +79,43 @@ def _prefill(wide: Any, narrow: Any, embeds: torch.Tensor, layout: tr.TokenLayou
     return {"pipeline": pipeline["name"], "extra_ms": extra, "share": share, "dense": whole}
 
 
-def _decode(model: Any, embeds: torch.Tensor, layout: tr.TokenLayout, pipeline: Any, turns: int) -> Row:
-    """Steps of two models with the same weights in turns, one attached and one not, which change places three times.
+def _decode(model: Any, embeds: torch.Tensor, layout: tr.TokenLayout, pipeline: Any, rounds: int) -> Row:
+    """Rounds in which two models with the same weights, one attached and one not, take turns step by step.
 
-    So what the place in memory of either does is in both arms. Each step takes its token back, outside of the time, so that all
-    are alike. The dense cache has what the attached one holds, token for token.
+    Where its tensors lie in memory makes one of them faster by more than what is to be measured; so both are attached in turns,
+    caches are made anew, and what counts is the median of each round. Each step takes its token back, outside of the time, so
+    that all are alike. The dense cache has what the attached one holds, token for token.
     """
     models = [model, copy.deepcopy(model)]
     token = torch.zeros(1, 1, dtype=torch.long)
-    seconds: dict[str, list[float]] = {"dense": [], "attached": []}
+    extra, plain = [], []
 
-    def step(name: str, subject: Any, cache: DynamicCache, counts: bool) -> None:
+    def step(subject: Any, cache: DynamicCache) -> float:
         started = time.perf_counter()
         subject(input_ids=token, past_key_values=cache)
-        if counts:
-            seconds[name].append(time.perf_counter() - started)
+        took = time.perf_counter() - started
         cache.crop(-1)
+        return took
 
-    for swap in (False, True, False, True):
-        subject, other = models[swap], models[not swap]
+    for number in range(rounds):
+        subject, other = models[number % 2], models[1 - number % 2]
         attached, dense = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        pairs = []
         with torch.inference_mode(), tr.reduce(subject, pipeline, layout=layout):
             subject(inputs_embeds=embeds, past_key_values=attached, logits_to_keep=1)
-            for number, layer in enumerate(attached.layers):
-                dense.update(layer.keys.clone(), layer.values.clone(), number)
-            arms = [("dense", other, dense), ("attached", subject, attached)]
-            for turn in range(-COLD, turns):
-                for name, its, cache in arms[:: 1 if turn % 2 else -1]:
-                    step(name, its, cache, turn >= 0)
-    extra = [1e3 * (a - d) for a, d in zip(seconds["attached"], seconds["dense"], strict=True)]
+            for place, layer in enumerate(attached.layers):
+                dense.update(layer.keys.clone(), layer.values.clone(), place)
+            for turn in range(STEPS + COLD):
+                if turn % 2:
+                    pairs.append((step(subject, attached), step(other, dense)))
+                else:
+                    pairs.append((step(other, dense), step(subject, attached))[::-1])
+        extra.append(statistics.median(1e3 * (a - d) for a, d in pairs[COLD:]))
+        plain.append(statistics.median(d for _, d in pairs[COLD:]))
     row = {
         "pipeline": pipeline["name"],
         "extra_ms": summary(extra) | {"interval": median_interval(extra)},
-        "dense": summary(seconds["dense"]),
+        "dense": summary(plain),
     }
     low, high = row["extra_ms"]["interval"]
     print(
@@ -144,8 +151,9 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
         f"{data['tokens']:,} tokens. Hooks on the model between two forwards: {hooks}. The engine's work in a step, and in a",
         "prefill all but the reading of attention, is Python that does not depend on the width, so it is measured where the",
         f"noise is least: at width {NARROW}. Attaching and detaching is inside the prefill's time and outside of the",
-        "step's. Steps of two models with the same weights take turns, and the models change places three times; the dense",
-        "one's cache holds what the attached one's does.",
+        f"step's. Steps come after {data['decode_tokens']} tokens. Steps of two models with the same weights take turns,",
+        f"{STEPS} in a round, and the models change places from round to round; the dense one's cache holds what the",
+        "attached one's does.",
         "",
         *table(
             ("pipeline", "ms more in a prefill", f"dense prefill s, width {HIDDEN}", "share of it", "turns"), prefill
@@ -155,8 +163,8 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
             (
                 f"pipeline, width {NARROW}",
                 "dense decode step ms",
-                "attached, ms more: median of pairs (its 95 % interval)",
-                "pairs of steps",
+                "attached, ms more: median of rounds (its 95 % interval)",
+                "rounds",
             ),
             decode,
         ),
