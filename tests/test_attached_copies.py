@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import SHARE, generate, layout, logits, prompt, tiny_model
+from tiny import SHARE, layout, logits, prompt, tiny_model
 
 import tokenreduce as tr
 
@@ -29,19 +29,6 @@ def test_deepcopy_while_attached() -> None:
     assert torch.equal(logits(copied), dense)
     assert not torch.equal(random, reduced)
     assert copied.config._attn_implementation == "sdpa"
-
-
-def test_the_configuration_is_its_own_between_forwards() -> None:
-    """It names the tap only while a forward needs it: a step of decoding on a cache without padding does not."""
-    model, names = tiny_model(), list[str]()
-    handle = model.model.layers[0].register_forward_hook(lambda *_: names.append(model.config._attn_implementation))
-    with tr.reduce(model, "framefusion", budget=SHARE, layout=layout()):
-        assert model.config._attn_implementation == "sdpa"
-        names.clear()
-        generate(model, prompt(), tokens=3)
-        assert names == ["tokenreduce_sdpa", "sdpa", "sdpa"]
-        assert model.config._attn_implementation == "sdpa"
-    handle.remove()
 
 
 def test_pickle_while_attached(tmp_path: Path) -> None:

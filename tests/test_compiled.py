@@ -138,6 +138,28 @@ def test_attach_and_detach_after_compile() -> None:
     assert torch.equal(dense, forward(plain))
 
 
+def test_a_graph_without_a_pipeline_is_not_used_with_one() -> None:
+    """Neither for the model it was made for nor for another one: hooks put on later do not guard it.
+
+    The head's part of it is used again, and so the head's FLOPs are not in the trace (docs/compile.md).
+    """
+    dense = forward(tiny_model(), use_cache=True)
+    expected = reduced(tiny_model(), "fastv")
+    subject, backend = tiny_model(), Counter()
+    subject.compile(backend=backend)
+    assert torch.equal(forward(subject, use_cache=True), dense)
+    another = tiny_model()
+    another.compile(backend=backend)
+    for each in (subject, another):
+        ours, trace = reduced(each, "fastv")
+        torch.testing.assert_close(ours, expected[0], atol=5e-5, rtol=0)
+        assert torch.equal(trace.source, expected[1].source)
+        assert [layer.tokens.tolist() for layer in trace.layers] == [
+            layer.tokens.tolist() for layer in expected[1].layers
+        ]
+        assert torch.equal(forward(each, use_cache=True), dense)
+
+
 def test_models_that_share_a_configuration() -> None:
     """The graph of the one without a pipeline is not used for the other."""
     expected = reduced(tiny_model(), "fastv")

@@ -29,9 +29,11 @@ def prove(model: Any, pairs: dict[int, FfnPair] | None = None) -> None:
     """The probe as attach runs it: with the tap in place."""
     host = hosted(model)
     pairs = host.pairs(list(range(len(host.layers)))) if pairs is None else pairs
-    tap.tapped(host.implementation)
-    with tap.turned_on(model.config, host.implementation):
+    model.config._attn_implementation_internal = tap.tapped(host.implementation)
+    try:
         probe(host.text, host.family, host.layers, pairs, host.modules)
+    finally:
+        model.config._attn_implementation_internal = host.implementation
 
 
 def decoder(kind: str, **changes: Any) -> Any:

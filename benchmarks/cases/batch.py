@@ -18,12 +18,8 @@ TITLE = f"Batch of {ROWS}: {LAYERS} layers of width {HIDDEN}, C = 0.3"
 
 def measure(options: Options) -> dict[str, Any]:
     """Batches of equally long videos, and of videos of 3, 6, 9 and 12 frames with left padding."""
-    frames = 4 if options.quick else 12
-    return {
-        "layers": LAYERS,
-        "equal": _batch([frames] * ROWS, 2 if options.quick else 3),
-        "padded": _batch([frames * (i + 1) // ROWS for i in range(ROWS)], 2 if options.quick else 3),
-    }
+    equal, padded, turns = ([12] * ROWS, [3, 6, 9, 12], 3) if not options.quick else ([4] * ROWS, [3, 4, 5, 6], 2)
+    return {"layers": LAYERS, "equal": _batch(equal, turns), "padded": _batch(padded, turns)}
 
 
 def _batch(frames: list[int], repeats: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class Hook:
     """Calls `owner.method(*extra, module, ...)` as long as the owner lives and `module` is the module it was put on.
 
     A deep copy of a model carries its hooks along; there they find another module and do nothing. A pickle carries inert
-    ones, and makes the tap known where it is loaded: made during a forward, its configuration names it.
+    ones, and makes the tap known where it is loaded, because the model's configuration names it.
     """
 
     def __init__(self, owner: Any, method: str, module: nn.Module, *extra: Any) -> None:

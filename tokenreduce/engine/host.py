@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -48,10 +49,10 @@ class Host:
         self.attention = {number: module for module, number in attention.items()}
         self.modules = {id(module): number for module, number in attention.items()}
         self.group = head_group(self.layers[0])
-        # Another model may share the configuration, and be in a forward.
+        # A copy of an attached model is dense, but its configuration still names the tap.
         self.implementation = str(self.config._attn_implementation).removeprefix(tap.PREFIX)
         # Each step of decoding looks: a configuration's own attributes take ten times as long.
-        self._settings, self._names = vars(self.config), (self.implementation, tap.PREFIX + self.implementation)
+        self._settings, self._tapped = vars(self.config), tap.PREFIX + self.implementation
         head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         self._head = weakref.ref(head) if isinstance(head, nn.Module) else None
         self.has_head = self._head is not None
@@ -72,9 +73,9 @@ class Host:
         return text
 
     @property
-    def unchanged(self) -> bool:
-        """Whether the decoder's attention is the one that the pipeline was attached to."""
-        return self._settings["_attn_implementation_internal"] in self._names
+    def tapped(self) -> bool:
+        """Whether the decoder's attention goes through the tap."""
+        return bool(self._settings["_attn_implementation_internal"] == self._tapped)
 
     def recomputable(self) -> list[nn.Module]:
         """The modules that may be asked to recompute their forward for a gradient."""
@@ -94,23 +95,32 @@ class Host:
         return pairs
 
     def take(self, run: Any, pairs: dict[int, FfnPair]) -> None:
-        """Prove that the attention can be tapped, and `pairs`; hook the run's methods. All undone again if anything fails."""
+        """Tap the attention, prove `pairs`, and hook the run's methods; all undone again if anything fails."""
         tap.tapped(self.implementation)
         try:
-            with tap.turned_on(self.config, self.implementation):
-                prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules)
+            with _tapping:
+                _hosts.add(self)
+                # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
+                self.config._attn_implementation_internal = self._tapped
+            prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules)
             self._hook(run)
+            for module in self.attention.values():
+                module.__dict__[tap.ATTACHED] = True
         except BaseException:
             self.give_back()
             raise
 
     def give_back(self) -> None:
-        """Take the hooks off, and undo a change of the configuration's attention."""
+        """Take the hooks off and restore the configuration."""
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
-        if not self.unchanged:
-            self.config._attn_implementation_internal = self.implementation
+        with _tapping:
+            _hosts.discard(self)
+            if not any(host.config is self.config for host in _hosts):
+                self.config._attn_implementation_internal = self.implementation
+        for module in self.attention.values():
+            module.__dict__.pop(tap.ATTACHED, None)
 
     def _hook(self, run: Any) -> None:
         model, text, handles = self.model, self.text, self._handles
@@ -124,3 +134,8 @@ class Host:
         head = None if self._head is None else self._head()
         if head is not None:
             handles.append(head.register_forward_hook(Hook(run, "note_head", head)))
+
+
+_hosts: weakref.WeakSet[Host] = weakref.WeakSet()
+"""Those that have a pipeline now. Models may share a configuration: it names the tap until the last one has none."""
+_tapping = threading.Lock()

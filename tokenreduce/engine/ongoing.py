@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping
 
 from tokenreduce.adapter import FfnPair
-from tokenreduce.engine import tap
 from tokenreduce.engine.cache import running
 from tokenreduce.engine.compiled import CompiledForward
 from tokenreduce.engine.forward import Forward
@@ -17,13 +16,13 @@ from tokenreduce.engine.traced import TracedHooks
 
 
 class Ongoing:
-    """At most one forward in each thread. The tap and the layers' hooks are on while one of them needs them.
+    """At most one forward in each thread. The layers' hooks are on while one of them needs them.
 
     lock: held while a forward begins or ends.
     """
 
     def __init__(self, host: Host, pairs: Mapping[int, FfnPair]) -> None:
-        self.host, self.lock = host, threading.Lock()
+        self.lock = threading.Lock()
         self.layer_hooks = LayerHooks(host.layers, pairs, self.reducing, host.family)
         self.traced_hooks = TracedHooks(host.layers, pairs)
         self._forwards: dict[int, Forward | Step] = {}
@@ -47,8 +46,6 @@ class Ongoing:
         """`forward` begins in this thread. In one step, so that a thread that ends here cannot take the hooks off in between."""
         with self.lock:
             self._forwards[threading.get_ident()] = forward
-            if not forward.idle:
-                tap.turn_on(forward, self.host.config, self.host.implementation)
             if forward.sequences:
                 (self.traced_hooks if isinstance(forward, CompiledForward) else self.layer_hooks).install()
         forward.outer, running.forward = running.forward, forward
@@ -57,7 +54,7 @@ class Ongoing:
         """The one of this thread has ended, or was broken off."""
         with self.lock:
             forward = self._forwards.pop(threading.get_ident())
-            self._over(forward)
+            forward.over = True
             running.forward = None if forward.outer is None or forward.outer.over else forward.outer
             if not any(forward.sequences for forward in self._forwards.values()):
                 self._remove_hooks()
@@ -67,14 +64,9 @@ class Ongoing:
         if running.forward in self._forwards.values():
             running.forward = None
         for forward in self._forwards.values():
-            self._over(forward)
+            forward.over = True
         self._forwards.clear()
         self._remove_hooks()
-
-    def _over(self, forward: Forward | Step) -> None:
-        forward.over = True
-        if not forward.idle:
-            tap.turn_off(forward, self.host.config, self.host.implementation)
 
     def _remove_hooks(self) -> None:
         self.layer_hooks.remove()

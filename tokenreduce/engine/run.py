@@ -226,7 +226,7 @@ class Run:
                     f"{self.host.family}: called within a forward of its own, which is not supported while a pipeline is attached"
                 )
             self._ongoing.release()  # The last forward of this thread was broken off by Ctrl-C.
-        if not self.host.unchanged:
+        if not self.host.tapped:
             raise AttachError(
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
             )

@@ -2,15 +2,13 @@
 
 `tokenreduce_<impl>` is registered in both of transformers' interfaces (in the first alone, the mask would become None and
 padding would be ignored). It does what `<impl>` does, except for layers of the forward that runs in this thread. A decoder's
-configuration names it only while a forward needs it, so that what is dense is just as it would be without us.
+configuration names it as long as a pipeline is attached, because a graph compiled without one is told apart by that name.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +24,8 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 PREFIX = "tokenreduce_"
 below: dict[str, Attention | None] = {}
 """What each implementation was when a pipeline was last attached; None for what belongs to the family, as eager attention."""
-_users: dict[int, set[object]] = {}
-"""The forwards that need the tap now, by the id of their decoder's configuration: models may share one."""
-_lock = threading.Lock()
+ATTACHED = "_tokenreduce_attached"
+"""An attribute that attention modules have while a pipeline is attached."""
 
 
 def tapped(implementation: str) -> str:
@@ -45,40 +42,13 @@ def tapped(implementation: str) -> str:
     return name
 
 
-def turn_on(user: object, config: Any, implementation: str) -> None:
-    """`user` begins, a forward that needs the tap: `config`, its decoder's, names it until its last user has ended."""
-    with _lock:
-        _users.setdefault(id(config), set()).add(user)
-        # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
-        config._attn_implementation_internal = PREFIX + implementation
-
-
-def turn_off(user: object, config: Any, implementation: str) -> None:
-    """`user` has ended. It may have been broken off anywhere in `turn_on`, or before."""
-    with _lock:
-        users = _users.get(id(config), set())
-        users.discard(user)
-        if not users:
-            _users.pop(id(config), None)
-            config._attn_implementation_internal = implementation
-
-
-@contextmanager
-def turned_on(config: Any, implementation: str) -> Iterator[None]:
-    """`turn_on` for the length of a `with` block."""
-    user = object()
-    try:
-        turn_on(user, config, implementation)
-        yield
-    finally:
-        turn_off(user, config, implementation)
-
-
 def _tap(implementation: str) -> Attention:
     def attention(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         base = below[implementation] or attention_below(implementation, module)
+        # Guards a compiled graph without a pipeline: hooks that come later do not, and models may share one configuration.
+        getattr(module, ATTACHED, False)
         forward = running.forward
         layer = None if forward is None or forward.idle else forward.attention_layer(module)
         if layer is None:
