@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -98,9 +97,9 @@ def spread(values: Mapping[str, float], digits: int = 2, unit: str = "") -> str:
 def in_fresh_process(module: str, *arguments: str, **environment: str) -> tuple[str, int]:
     """Run `python -m module arguments` for its output and its peak resident memory in bytes (of this child alone)."""
     code = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "import runpy, sys; from harness import peak_memory; sys.argv = sys.argv[1:]; "
         "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True); "
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        "print('peak', peak_memory(), file=sys.stderr)"
     )
     child = subprocess.run(
         [sys.executable, "-c", code, module, *arguments],
@@ -112,12 +111,21 @@ def in_fresh_process(module: str, *arguments: str, **environment: str) -> tuple[
     )
     if child.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{child.stderr}")
-    return child.stdout, int(child.stderr.rsplit("peak ", 1)[1]) * 1024
+    return child.stdout, int(child.stderr.rsplit("peak ", 1)[1])
+
+
+def status(field: str) -> int:
+    """Bytes of a field of /proc/self/status, such as VmRSS."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak resident memory of this process so far, in bytes.
+
+    What getrusage says begins, on Linux, with the size of the process that started this one.
+    """
+    return status("VmHWM")
 
 
 def machine(options: Options) -> Row:

@@ -17,7 +17,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from harness import Options, Row, decoder, in_fresh_process, paired_ratio, spread, summary, table, take_turns, video
+from harness import (
+    Options,
+    Row,
+    decoder,
+    in_fresh_process,
+    paired_ratio,
+    spread,
+    status,
+    summary,
+    table,
+    take_turns,
+    video,
+)
 from matplotlib.figure import Figure
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -107,10 +119,6 @@ def one_length(n: int) -> Row:
 
 def _peak(call: Callable[[], Any]) -> tuple[float, int]:
     """Seconds of one call, and by how much it raised the resident memory at its highest (Linux: the mark is set back first)."""
-
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, started = status("VmRSS"), time.perf_counter()

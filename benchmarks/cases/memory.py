@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import HIDDEN, SLOTS, TEXT, Options, Row, decoder, in_fresh_process, peak_memory, table, video
+from harness import HIDDEN, SLOTS, TEXT, Options, Row, decoder, in_fresh_process, peak_memory, status, table, video
 from transformers import DynamicCache
 
 import tokenreduce as tr
@@ -41,12 +41,6 @@ EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 # One run, in its own process -----------------------------------------------------------------------------------------------
-
-
-def status(field: str) -> int:
-    """Bytes of a field of /proc/self/status, such as VmRSS."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def prefill(model: Any, pipeline: str | None, frames: int, hidden: int = HIDDEN) -> Row:
