@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from harness import Options, machine  # noqa: E402
 
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 CASES = (
-    "prefill", "prefill_bf16_products", "prefill_bf16", "overhead", "importance", "batch", "memory", "end_to_end", "compiled",
-    "scale",
+    "prefill", "prefill_bf16", "rivals", "overhead", "importance", "batch", "memory", "end_to_end", "compiled", "scale"
 )  # fmt: skip
 """In the order of docs/benchmarks.md."""
+BY_NAME = ("rivals",)
+"""Cases that run only when they are named: they need environments of other projects."""
+SIZED = ("prefill", "prefill_bf16", "rivals", "overhead", "batch")
+"""Cases that take --layers, --hidden and --frames."""
 
 
 def case(name: str) -> Any:
@@ -62,10 +66,29 @@ def report() -> Path:
     return target
 
 
+def counted(step: int = 1) -> Callable[[str], int]:
+    """The type of an argument that is a positive multiple of `step`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1 or int(text) % step:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not a positive " + (f"multiple of {step}" if step > 1 else "number")
+            )
+        return int(text)
+
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"out of: {', '.join(CASES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller settings; results are not kept")
+    sizes = parser.add_argument_group("other sizes", f"of {', '.join(SIZED)}; results are not kept")
+    sizes.add_argument("--layers", type=counted(), help="depth of the decoder")
+    sizes.add_argument("--hidden", type=counted(128), help="its width, a multiple of 128: heads are 64 wide, 2 of keys")
+    sizes.add_argument(
+        "--frames", type=counted(), nargs="+", default=[], help="lengths of the videos; 210 tokens a frame"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument(
         "--report", action="store_true", help="measure nothing; make docs/benchmarks.md from the results"
@@ -75,20 +98,21 @@ def main() -> None:
     unknown = sorted(set(arguments.cases) - set(CASES))
     if unknown:
         parser.error(f"unknown case {unknown[0]}; known: {', '.join(CASES)}")
+    options = Options(arguments.quick, arguments.threads, arguments.layers, arguments.hidden, tuple(arguments.frames))
+    chosen = arguments.cases or [name for name in CASES if name not in BY_NAME]
+    if options.sized:
+        rigid = [name for name in chosen if name not in SIZED]
+        if rigid:
+            parser.error(
+                f"{rigid[0]} has sizes of its own; --layers, --hidden and --frames go with: {', '.join(SIZED)}"
+            )
     torch.set_num_threads(arguments.threads)
-    options = Options(arguments.quick, arguments.threads)
-    for name in () if arguments.report else arguments.cases or CASES:
+    for name in () if arguments.report else chosen:
         print(name, flush=True)
         started = time.perf_counter()
-        data = (
-            machine(options)
-            | case(name).measure(options)
-            | {
-                "seconds": time.perf_counter() - started,
-                "note": arguments.note,
-            }
-        )
-        if options.quick:
+        data = machine(options) | case(name).measure(options)
+        data |= {"seconds": time.perf_counter() - started, "note": arguments.note}
+        if options.quick or options.sized:
             with tempfile.TemporaryDirectory() as folder:
                 print("\n".join(case(name).section(data, Path(folder))))
             continue
@@ -96,7 +120,7 @@ def main() -> None:
         file = RESULTS / f"{name}.json"
         file.write_text(json.dumps(data, indent=1), encoding="utf-8")
         print(f"wrote {file}", flush=True)
-    if not arguments.quick:
+    if not options.quick and not options.sized:
         print(f"wrote {report()}")
 
 

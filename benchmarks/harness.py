@@ -29,31 +29,41 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """quick: smaller settings, for a look. threads: of torch."""
+    """quick: smaller settings, for a look. threads: of torch. layers, hidden, frames: other sizes than a case's own."""
 
     quick: bool = False
     threads: int = 1
+    layers: int | None = None
+    hidden: int | None = None
+    frames: tuple[int, ...] = ()
+
+    @property
+    def sized(self) -> bool:
+        """Whether sizes were asked for."""
+        return bool(self.layers or self.hidden or self.frames)
 
 
 def decoder(layers: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
-    """Qwen2-0.5B's widths, random weights, a small vocabulary."""
+    """Qwen2-0.5B's widths, or in their proportions; random weights, a small vocabulary."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=hidden, intermediate_size=4864 * hidden // 896, num_attention_heads=hidden // 64,
+        hidden_size=hidden, intermediate_size=4864 * hidden // HIDDEN, num_attention_heads=hidden // 64,
         num_key_value_heads=2, num_hidden_layers=layers, vocab_size=1000, max_position_embeddings=1 << 21,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval().to(dtype)
 
 
-def video(frames: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, tr.TokenLayout]:
-    """Video-like embeddings (1, N, 896): each slot is an AR(1) process over frames, median similarity of neighbours 0.65."""
+def video(
+    frames: int, seed: int = 1, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN
+) -> tuple[torch.Tensor, tr.TokenLayout]:
+    """Video-like embeddings (1, N, hidden): each slot is an AR(1) process over frames, median similarity of neighbours 0.65."""
     generator = torch.Generator().manual_seed(seed)
     slot_share = torch.rand(SLOTS, 1, generator=generator) * 0.7 + 0.3
-    states = [torch.randn(SLOTS, HIDDEN, generator=generator)]
+    states = [torch.randn(SLOTS, hidden, generator=generator)]
     for _ in range(frames - 1):
-        fresh = torch.randn(SLOTS, HIDDEN, generator=generator)
+        fresh = torch.randn(SLOTS, hidden, generator=generator)
         states.append(slot_share * states[-1] + (1 - slot_share**2).sqrt() * fresh)
-    text = torch.randn(TEXT, HIDDEN, generator=generator)
+    text = torch.randn(TEXT, hidden, generator=generator)
     embeds = torch.cat([text[:14], *states, text[14:]])[None].to(dtype)
     return embeds, tr.TokenLayout.video(before=14, frames=frames, per_frame=SLOTS, after=TEXT - 14)
 

@@ -19,12 +19,15 @@ TITLE = f"Batch of {ROWS}: {LAYERS} layers of width {HIDDEN}, C = 0.3"
 def measure(options: Options) -> dict[str, Any]:
     """Batches of equally long videos, and of videos of 3, 6, 9 and 12 frames with left padding."""
     equal, padded, turns = ([12] * ROWS, [3, 6, 9, 12], 3) if not options.quick else ([4] * ROWS, [3, 4, 5, 6], 2)
-    return {"layers": LAYERS, "equal": _batch(equal, turns), "padded": _batch(padded, turns)}
+    if options.frames:
+        equal, padded = [max(options.frames)] * len(options.frames), list(options.frames)
+    model = decoder(options.layers or LAYERS, options.hidden or HIDDEN)
+    sizes = {"layers": model.config.num_hidden_layers, "hidden": model.config.hidden_size}
+    return {**sizes, "equal": _batch(model, equal, turns), "padded": _batch(model, padded, turns)}
 
 
-def _batch(frames: list[int], repeats: int) -> dict[str, Any]:
-    model = decoder(LAYERS)
-    rows = [video(count, seed) for seed, count in enumerate(frames)]
+def _batch(model: Any, frames: list[int], repeats: int) -> dict[str, Any]:
+    rows = [video(count, seed, hidden=model.config.hidden_size) for seed, count in enumerate(frames)]
     longest = max(embeds.shape[1] for embeds, _ in rows)
     together = torch.cat([_left(embeds, longest, 1, 0.0) for embeds, _ in rows])
     mask = torch.cat([_left(torch.ones(1, e.shape[1], dtype=torch.long), longest, 1, 0) for e, _ in rows])

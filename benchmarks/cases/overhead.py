@@ -28,11 +28,13 @@ READ_ALL = {"name": "keep all, attention read", "budget": 1.0, "stages": [{"stra
 
 def measure(options: Options) -> dict[str, Any]:
     """Prefill and decode steps, attached and not, in turns."""
-    model, narrow = decoder(LAYERS), decoder(LAYERS, NARROW)
-    embeds, layout = video(2 if options.quick else 4)
-    short, frame = video(1)
+    layers, hidden = options.layers or LAYERS, options.hidden or HIDDEN
+    model, narrow = decoder(layers, hidden), decoder(layers, NARROW)
+    embeds, layout = video((*options.frames, 2 if options.quick else 4)[0], hidden=hidden)
+    short, frame = video(1, hidden=hidden)
     return {
-        "layers": LAYERS,
+        "layers": layers,
+        "hidden": hidden,
         "tokens": embeds.shape[1],
         "decode_tokens": short.shape[1],
         "hooks": {pipeline["name"]: _hooks(model, pipeline, layout) for pipeline in (EMPTY, KEEP_ALL)},
@@ -156,7 +158,8 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
         "attached one's does.",
         "",
         *table(
-            ("pipeline", "ms more in a prefill", f"dense prefill s, width {HIDDEN}", "share of it", "turns"), prefill
+            ("pipeline", "ms more in a prefill", f"dense prefill s, width {data['hidden']}", "share of it", "turns"),
+            prefill,
         ),
         "",
         *table(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import HIDDEN, Options, Row, decoder, paired_ratio, spread, summary, table, take_turns, video
 from matplotlib.figure import Figure
-from torch import nn
 
 import tokenreduce as tr
 from tokenreduce.cost import DecoderShape, prefill_flops
+from tokenreduce.errors import BudgetError
 
 LAYERS = 24
 TITLE = f"Prefill: {LAYERS} layers of width {HIDDEN}, video-like embeddings"
@@ -25,26 +24,33 @@ SETTINGS: tuple[Setting, ...] = ((20, torch.float32, (0.1, 0.3, 0.5, 0.7), 3), (
 
 def measure(options: Options) -> dict[str, Any]:
     """Dense and each pipeline in turns, at each setting."""
-    settings = ((6, torch.float32, (0.3, 0.5), 2),) if options.quick else SETTINGS
-    return {"layers": LAYERS, "rows": [row for setting in settings for row in setting_rows(*setting)]}
+    settings: tuple[Setting, ...] = ((6, torch.float32, (0.3, 0.5), 2),) if options.quick else SETTINGS
+    if options.frames:
+        settings = tuple((frames, torch.float32, settings[0][2], settings[0][3]) for frames in options.frames)
+    return measured(options, settings)
+
+
+def measured(options: Options, settings: tuple[Setting, ...], names: tuple[str, ...] = PIPELINES) -> dict[str, Any]:
+    """The rows of all settings, and the sizes of the decoder."""
+    layers, hidden = options.layers or LAYERS, options.hidden or HIDDEN
+    rows = [row for setting in settings for row in setting_rows(layers, hidden, *setting, names)]
+    return {"layers": layers, "hidden": hidden, "rows": rows}
 
 
 def setting_rows(
+    layers: int,
+    hidden: int,
     frames: int,
     dtype: torch.dtype,
     budgets: tuple[float, ...],
     repeats: int,
-    names: tuple[str, ...] = PIPELINES,
-    prepare: Callable[[nn.Module], object] = lambda model: None,
+    names: tuple[str, ...],
 ) -> list[Row]:
-    """A row for each pipeline and budget. The warm-up is a short video: a turn takes minutes.
-
-    prepare: what to do to the model before.
-    """
-    model = decoder(LAYERS, dtype=dtype)
-    prepare(model)
+    """A row for each pipeline and budget. The warm-up is a short video: a turn takes minutes."""
+    model = decoder(layers, hidden, dtype)
     traces: dict[tuple[str, float], tr.Trace] = {}
-    embeds, layout = video(2, dtype=dtype)
+    long, short = (video(count, dtype=dtype, hidden=hidden) for count in (frames, 2))
+    embeds, layout = short
 
     def prefill() -> None:
         with torch.inference_mode():
@@ -55,12 +61,17 @@ def setting_rows(
             prefill()
             traces[name, budget] = run.trace
 
-    arms = {(name, budget): (lambda name=name, b=budget: reduced(name, b)) for budget in budgets for name in names}
+    arms = {
+        (name, budget): (lambda name=name, b=budget: reduced(name, b))
+        for budget in budgets
+        for name in names
+        if feasible(model, name, budget, long[1])
+    }
     labelled = {"dense": prefill} | {f"{name} {budget}": arm for (name, budget), arm in arms.items()}
     for name, arm in labelled.items():
-        if name == "dense" or name.endswith("0.7"):
+        if name == "dense" or name.endswith(f" {budgets[-1]}"):
             arm()
-    embeds, layout = video(frames, dtype=dtype)
+    embeds, layout = long
     seconds = take_turns(labelled, repeats, warmup=0)
     shape, n = DecoderShape.from_config(model.config), embeds.shape[1]
     rows = []
@@ -69,7 +80,7 @@ def setting_rows(
         attn = [int(layer.tokens) for layer in trace.layers]
         ffn = [int(layer.ffn_tokens) for layer in trace.layers]
         predicted = {
-            form: prefill_flops(shape, [n] * LAYERS, [n] * LAYERS, form=form)
+            form: prefill_flops(shape, [n] * layers, [n] * layers, form=form)
             / (prefill_flops(shape, attn, ffn, form=form) + trace.selector_flops)
             for form in ("causal", "exact")
         }
@@ -86,6 +97,16 @@ def setting_rows(
             f"  N={n} {dtype} C={budget} {name}: {spread(measured)}×, {predicted['causal']:.2f}× predicted", flush=True
         )
     return rows
+
+
+def feasible(model: Any, name: str, budget: float, layout: tr.TokenLayout) -> bool:
+    """Whether the pipeline can meet the budget: few layers leave FastV, which begins with two dense ones, no room."""
+    try:
+        tr.attach(model, name, budget=budget, layout=layout).detach()
+    except BudgetError as error:
+        print(f"  C={budget} {name} left out: {error}", flush=True)
+        return False
+    return True
 
 
 def rows_table(data: dict[str, Any]) -> list[str]:
@@ -115,7 +136,7 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
         axis.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=f"{name}, measured")
         axis.plot([p[0] for p in points], [p[2] for p in points], "x:", color=colour, label=f"{name}, predicted")
     axis.set(xlabel="relative token budget C", ylabel="prefill speed-up over dense", ylim=(0, None))
-    axis.set_title(f"{data['layers']} layers, width {HIDDEN}, N = {first['tokens']:,}, {first['dtype']}")
+    axis.set_title(f"{data['layers']} layers, width {data['hidden']}, N = {first['tokens']:,}, {first['dtype']}")
     axis.grid(color="#dddddd")
     axis.legend(fontsize=8)
     figure.savefig(docs / "benchmarks_prefill.png")

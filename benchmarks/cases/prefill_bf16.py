@@ -9,29 +9,32 @@ import torch
 from harness import HIDDEN, Options, Row, decoder, summary, table, take_turns
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from cases.prefill import LAYERS, Setting, rows_table, setting_rows
+from cases.prefill import LAYERS, Setting, measured, rows_table
 from tokenreduce.cost import DecoderShape, attention_pairs, prefill_flops
 
-TITLE = f"Prefill in bfloat16, torch's own products: {LAYERS} layers of width {HIDDEN}"
-SETTINGS: tuple[Setting, ...] = ((20, torch.bfloat16, (0.3,), 1), (40, torch.bfloat16, (0.3,), 1))
-QUICK: tuple[Setting, ...] = ((1, torch.bfloat16, (0.7,), 1),)
-QUERIES, HEADS, WIDTH, INNER = 4096, 14, 64, 4864
+TITLE = f"Prefill in bfloat16: {LAYERS} layers of width {HIDDEN}"
+SETTINGS: tuple[Setting, ...] = ((20, torch.bfloat16, (0.3,), 3), (40, torch.bfloat16, (0.3,), 3))
+QUICK: tuple[Setting, ...] = ((2, torch.bfloat16, (0.7,), 1),)
+QUERIES = 4096
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """One turn of each setting, and the speed of the two kernels that take the time."""
-    rates = {name: kernel_rates(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    """The turns of each setting, and the speed of the two kernels that take the time."""
     settings = QUICK if options.quick else SETTINGS
-    rows = [row for setting in settings for row in setting_rows(*setting, ("framefusion", "fastv"))]
-    for row in rows:
-        row["by_kernels"] = by_kernels(row, rates[row["dtype"]])
-    return {"layers": LAYERS, "rows": rows, "rates": rates}
+    if options.frames:
+        settings = tuple((frames, *settings[0][1:]) for frames in options.frames)
+    data = measured(options, settings, ("framefusion", "fastv"))
+    shape = DecoderShape.from_config(decoder(1, data["hidden"]).config)
+    rates = {name: kernel_rates(shape, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    for row in data["rows"]:
+        row["by_kernels"] = by_kernels(shape, row, rates[row["dtype"]])
+    return {**data, "rates": rates}
 
 
-def kernel_rates(dtype: torch.dtype) -> dict[str, float]:
+def kernel_rates(shape: DecoderShape, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a matrix product, and of causal attention."""
-    x, weight = torch.randn(QUERIES // 2, HIDDEN).to(dtype), torch.randn(INNER, HIDDEN).to(dtype)
-    q = torch.randn(1, HEADS, QUERIES, WIDTH).to(dtype)
+    x, weight = torch.randn(QUERIES // 2, shape.hidden).to(dtype), torch.randn(shape.ffn, shape.hidden).to(dtype)
+    q = torch.randn(1, shape.heads, QUERIES, shape.head_dim).to(dtype)
     with torch.inference_mode():
         seconds = take_turns(
             {
@@ -42,14 +45,13 @@ def kernel_rates(dtype: torch.dtype) -> dict[str, float]:
         )
     flops = {
         "linear": 2 * x.shape[0] * weight.numel(),
-        "attention": 4 * HEADS * WIDTH * attention_pairs(QUERIES, form="causal"),
+        "attention": 4 * shape.heads * shape.head_dim * attention_pairs(QUERIES, form="causal"),
     }
     return {name: flops[name] / summary(seconds[name])["median"] for name in flops}
 
 
-def by_kernels(row: Row, rates: dict[str, float]) -> float:
+def by_kernels(shape: DecoderShape, row: Row, rates: dict[str, float]) -> float:
     """The speed-up that FLOPs predict where each kind of FLOP takes the time that its kernel takes here."""
-    shape = DecoderShape.from_config(decoder(1).config)
 
     def seconds(attn: list[int], ffn: list[int], selector: int) -> float:
         pairs = sum(4 * shape.heads * shape.head_dim * attention_pairs(tokens, form="causal") for tokens in attn)
@@ -77,8 +79,9 @@ def section(data: dict[str, Any], docs: Path) -> list[str]:
         *rows_table(data),
         "",
         f"FLOPs are not alike: {rates}.",
-        "Where a matrix product takes longer per FLOP than attention (a CPU without instructions for bfloat16), the squares",
-        "that reduction saves weigh less than their count. With each kind of FLOP at the speed of its kernel:",
+        "Where attention takes longer per FLOP than a matrix product, as with instructions for bfloat16, the squares that",
+        "reduction saves weigh more than their count; where products take longer, less. With each kind of FLOP at the speed",
+        "of its kernel:",
         "",
         *table(("N", "pipeline", "measured", "predicted by kernels", "measured ÷ predicted"), cells),
     ]
