@@ -17,8 +17,10 @@ from families import FAMILIES, Text, Video
 from tiny import assert_same, generate, hooks, layout, live_tensors, logits, prompt, snapshot, tiny_model
 
 import tokenreduce as tr
+from tokenreduce.engine import run as engine_run
 from tokenreduce.engine.cache import running
-from tokenreduce.errors import UnsupportedError
+from tokenreduce.engine.hooks import Hook
+from tokenreduce.errors import AttachError, UnsupportedError
 
 THREADS, ROUNDS = 4, 3
 
@@ -318,3 +320,82 @@ def test_many_requests_leave_nothing_behind() -> None:
             tensors = live_tensors()
     assert live_tensors() <= tensors + 10
     assert hooks(model) == 0
+
+
+def test_detach_while_a_forward_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that has begun, and of which nothing is on the layers yet, is waited for too."""
+    model, ids = tiny_model(), prompt()
+    before, dense = snapshot(model), logits(model)
+    inside, go_on, found = threading.Event(), threading.Event(), list[torch.Tensor]()
+    refuse_mode = engine_run.refuse_mode
+
+    def slow(*args: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+        refuse_mode(*args)
+
+    monkeypatch.setattr(engine_run, "refuse_mode", slow)
+    run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+    worker = threading.Thread(target=lambda: found.append(logits(model)))
+    worker.start()
+    assert inside.wait(30)
+    off = threading.Thread(target=run.detach)
+    off.start()
+    off.join(0.2)
+    assert run.attached
+    go_on.set()
+    worker.join(30)
+    off.join(30)
+    assert not run.attached
+    assert found[0].shape[1] < ids.shape[1]
+    assert_same(model, before)
+    assert torch.equal(logits(model), dense)
+
+
+def test_a_call_whose_hooks_were_taken_off_is_dense() -> None:
+    """torch reads a module's hooks before it calls them: one of them may come after detach."""
+    model = tiny_model()
+    before, dense = snapshot(model), logits(model)
+    run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+    late = next(hook for hook in model.model._forward_pre_hooks.values() if isinstance(hook, Hook))
+    run.detach()
+    model.model.register_forward_pre_hook(late, with_kwargs=True)
+    assert torch.equal(logits(model), dense)
+    model.model._forward_pre_hooks.clear()
+    model.model._forward_pre_hooks_with_kwargs.clear()
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_detach_after_a_thread_of_a_pool_was_broken_off(error: type[BaseException]) -> None:
+    """torch calls no hook after such an error, and the pool's thread lives on: its stack says that nothing runs."""
+    model = tiny_model()
+    before = snapshot(model)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with ThreadPoolExecutor(1) as pool:
+        run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+        handle = model.model.layers[2].register_forward_hook(fail)
+        with pytest.raises(error):
+            pool.submit(logits, model).result()
+        handle.remove()
+        started = time.monotonic()
+        run.detach()
+        assert time.monotonic() - started < 10
+        assert_same(model, before)
+
+
+def test_detach_within_a_forward_of_its_own() -> None:
+    """It would leave the layers to come without what the layers before have done."""
+    model = tiny_model()
+    before = snapshot(model)
+    with tr.reduce(model, "fastv", budget=0.8, layout=layout()) as run:
+        expected = logits(model)
+        handle = model.model.layers[2].register_forward_pre_hook(lambda *_: run.detach())
+        with pytest.raises(AttachError, match="within a forward of its own model"):
+            logits(model)
+        handle.remove()
+        assert torch.equal(logits(model), expected)
+    assert_same(model, before)

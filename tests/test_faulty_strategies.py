@@ -17,6 +17,7 @@ from tiny import (
     snapshot,
     tiny_model,
 )
+from torch import nn
 
 import tokenreduce as tr
 from tokenreduce.errors import (
@@ -167,14 +168,19 @@ def test_ctrl_c_in_a_stage_stays_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_a_decoder_that_leaves_layers_out(layer: int, error: type[TokenReduceError], match: str) -> None:
-    """An early exit: a stage that was to act later has not fired, and that is an error, not silence."""
+    """Layer dropping: a stage that was to act later has not fired, and that is an error, not silence."""
+
+    class Dropping(nn.ModuleList):
+        def __getitem__(self, place: Any) -> Any:
+            return list(self)[:2] if isinstance(place, slice) else super().__getitem__(place)
+
     model = tiny_model()
     before = snapshot(model)
     pipeline = {"name": "late", "stages": [{"strategy": "random", "at": layer, "keep": 0.5}]}
     with tr.reduce(model, pipeline, layout=layout()):
-        model.config.num_hidden_layers = 2
+        model.model.layers.__class__ = Dropping
         with pytest.raises(error, match=match):
             forward(model)
-        model.config.num_hidden_layers = 4
+        model.model.layers.__class__ = nn.ModuleList
         forward(model)
     assert_same(model, before)

@@ -56,7 +56,11 @@ def reduce(
     try:
         yield run
     finally:
-        run.detach()
+        try:
+            run.detach()
+        except KeyboardInterrupt:
+            run.detach()  # Nobody outside holds the run: what Ctrl-C left is taken off here or never.
+            raise
 
 
 def detach(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -41,11 +42,11 @@ class Call:
     draft: int = 0
 
     @classmethod
-    def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any], prompt: Prompt | None) -> Call:
+    def read(cls, kwargs: dict[str, Any], prompt: Prompt | None) -> Call:
         """The call with these arguments."""
         x = kwargs.get("inputs_embeds")
         if x is None:
-            x = kwargs.get("input_ids", args[0] if args else None)
+            x = kwargs.get("input_ids")
         if not isinstance(x, Tensor):
             raise LayoutError("the decoder was called with neither input_ids nor inputs_embeds")
         cache = kwargs.get("past_key_values")
@@ -78,6 +79,11 @@ class Call:
     def _real(self, mask: Tensor) -> Tensor | None:
         valid = mask.to(device=self.device, dtype=torch.bool)
         return None if bool(valid.all()) else valid
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module`, those that were given by their place too, by their names."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
 def given_layout(call: Call, layout: TokenLayout, fresh: bool) -> TokenLayout | None:

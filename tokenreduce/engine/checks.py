@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from tokenreduce.strategy import Strategy
 
 
 def refuse_model(family: str, config: Any) -> None:
-    """Refuse decoders with layers other than attention."""
+    """Refuse decoders with layers other than attention, or with attention that is not causal."""
+    if not getattr(config, "is_causal", True):
+        raise UnsupportedError(f"{family}: its tokens see those behind them (is_causal=False), which is not supported")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds == {"sliding_attention"} and getattr(config, "sliding_window", None):
         kinds = set()  # Like full attention up to the window's length, which every call is held to.
@@ -76,6 +78,41 @@ def refuse_call(family: str, config: Any, call: Call) -> None:
     if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
         raise UnsupportedError(
             f"{family}: an attention mask with holes is not supported; it may hide padding on the left only"
+        )
+
+
+def refuse_outputs(family: str, config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what a call of the whole model asks of every input token: they are not all there in the end."""
+    if kwargs.get("labels") is not None:
+        raise UnsupportedError(
+            f"{family}: labels are not supported while a pipeline is attached: the logits are those of the kept tokens"
+        )
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise UnsupportedError(
+            f"{family}: logits_to_keep as a tensor of places is not supported while a pipeline is attached: tokens change their "
+            "places; give a number, or read run.trace.kept"
+        )
+    wanted = kwargs.get("output_router_logits")
+    if getattr(config, "output_router_logits", False) if wanted is None else wanted:
+        raise UnsupportedError(
+            f"{family}: output_router_logits is not supported while a pipeline is attached: the load balancing loss takes the "
+            "mask of all tokens"
+        )
+
+
+def refuse_packed(family: str, call: Call) -> None:
+    """Refuse several sequences in a row, which transformers tells by positions that do not count, where nothing else is given."""
+    places = call.position_ids
+    if call.mask is not None or call.cache is not None or places is None:
+        return
+    if places.dim() == 3:
+        if len(places) != 4:  # Of multimodal rotary positions the first of four counts the text.
+            return
+        places = places[0]
+    if bool((places.diff(dim=-1) != 1).any()):
+        raise UnsupportedError(
+            f"{family}: position_ids that jump or begin anew, without an attention mask, mean packed sequences, which are not "
+            "supported; pass one sequence per row, or an attention mask"
         )
 
 

@@ -189,6 +189,16 @@ class Forward(Activity):
             self.gathered = tuple(gather_table(table, self.index) for table in embeddings)
         return self.gathered
 
+    def positions(self, places: Tensor) -> Tensor | None:
+        """Position ids (1 or B, N) of the tokens alive, for attention that scales its queries by them.
+
+        None where flash attention would take their gaps for packed sequences."""
+        if self.index is None:
+            return places
+        if places.dim() != 2 or self.implementation not in ("sdpa", "eager"):
+            return None
+        return gather_table(places[..., None], self.index)[..., 0]
+
     def defers(self, layer: TokenLayer) -> bool:
         """Whether the cache layer is to leave its update for later."""
         return False

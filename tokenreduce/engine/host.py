@@ -12,10 +12,10 @@ from tokenreduce import cost
 from tokenreduce.adapter import FfnPair, ModelAdapter
 from tokenreduce.engine import tap
 from tokenreduce.engine.checks import refuse_model
-from tokenreduce.engine.hooks import Hook
+from tokenreduce.engine.hooks import Hook, take_off
 from tokenreduce.engine.parallel import head_group
 from tokenreduce.engine.probe import prove
-from tokenreduce.errors import UnsupportedError
+from tokenreduce.errors import AttachError, UnsupportedError
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -72,6 +72,25 @@ class Host:
         assert text is not None, "a hook ran, so its model lives"
         return text
 
+    def check_decoder(self, model: nn.Module) -> None:
+        """AttachError where `model`, the whole one, has another decoder now: it would run dense, and say nothing."""
+        text = uncompiled(self.adapter.text_model(model))
+        now: Any = text.layers
+        if text is not self.text or any(a is not uncompiled(b) for a, b in zip(self.layers, now, strict=False)):
+            raise AttachError(
+                f"{self.family}: its decoder or a layer of it was replaced while a pipeline is attached; detach first"
+            )
+
+    def check_depth(self) -> None:
+        """UnsupportedError where the decoder is to run fewer layers than it has, with its depth restored."""
+        depth = len(self.layers)
+        if self._settings.get("num_hidden_layers", depth) != depth:
+            # The early exit of assisted decoding lowers it for its drafts, and does not raise it again after an error.
+            self.config.num_hidden_layers = depth
+            raise UnsupportedError(
+                f"{self.family}: leaving the decoder early (assistant_early_exit) is not supported while a pipeline is attached"
+            )
+
     @property
     def tapped(self) -> bool:
         """Whether the decoder's attention goes through the tap."""
@@ -112,9 +131,7 @@ class Host:
 
     def give_back(self) -> None:
         """Take the hooks off and restore the configuration."""
-        handles, self._handles = self._handles, []
-        for handle in handles:
-            handle.remove()
+        take_off(self._handles)
         with _tapping:
             _hosts.discard(self)
             if not any(host.config is self.config for host in _hosts):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenreduce import plugins
 from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.forward import Forward
-from tokenreduce.engine.hooks import Hook
+from tokenreduce.engine.hooks import Hook, take_off
 from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
 from tokenreduce.strategy import Site
 from tokenreduce.trace import StageTrace
@@ -58,9 +58,7 @@ class LayerHooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        handles, self.handles = self.handles, []
-        for handle in handles:
-            handle.remove()
+        take_off(self.handles)
 
     def enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Before a layer: its `pre_attention` and `kv` stages, and what else must follow the tokens."""
@@ -99,9 +97,12 @@ def enter_layer(forward: Forward, number: int, family: str, args: Any, kwargs: A
             raise UnsupportedError(
                 f"{family}: its layers take {name}, one per token, which cannot follow reduced tokens"
             )
-    # Positions with gaps would look like packed sequences to flash attention.
-    rotary = forward.rotate(kwargs["position_embeddings"])
-    kwargs = {**kwargs, "position_embeddings": rotary, "position_ids": None}
+    kwargs = dict(kwargs)
+    tables, places = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+    if tables is not None:  # None in layers without positions (NoPE).
+        kwargs["position_embeddings"] = forward.rotate(tables)
+    if places is not None:
+        kwargs["position_ids"] = forward.positions(places)
     if args:
         return (x, *args[1:]), kwargs
     kwargs["hidden_states"] = x

@@ -18,11 +18,12 @@ from tokenreduce.engine.traced import TracedHooks
 class Ongoing:
     """At most one forward in each thread. The layers' hooks are on while one of them needs them.
 
-    lock: held while a forward begins or ends.
+    lock: held while a forward begins or ends. closed: whether the pipeline has been taken off.
     """
 
-    def __init__(self, host: Host, pairs: Mapping[int, FfnPair]) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, host: Host, pairs: Mapping[int, FfnPair], lock: threading.Lock) -> None:
+        self.lock, self.closed = lock, False
+        self._beginning = set[int]()
         self.layer_hooks = LayerHooks(host.layers, pairs, self.reducing, host.family)
         self.traced_hooks = TracedHooks(host.layers, pairs)
         self._forwards: dict[int, Forward | Step] = {}
@@ -38,9 +39,20 @@ class Ongoing:
             return None
         return forward if forward.sequences else None
 
-    def within(self, thread: int | None) -> bool:
-        """Whether one goes on in `thread`."""
-        return thread in self._forwards
+    def within(self, thread: int) -> bool:
+        """Whether one begins or goes on in `thread`, or was broken off there."""
+        return thread in self._beginning or thread in self._forwards
+
+    def enter(self) -> bool:
+        """A call of the decoder begins in this thread. False: its hooks were there still, but the pipeline is not."""
+        with self.lock:
+            if not self.closed:
+                self._beginning.add(threading.get_ident())
+            return not self.closed
+
+    def entered(self) -> None:
+        """What had to be done before the decoder is done."""
+        self._beginning.discard(threading.get_ident())
 
     def start(self, forward: Forward | Step) -> None:
         """`forward` begins in this thread. In one step, so that a thread that ends here cannot take the hooks off in between."""
@@ -59,8 +71,9 @@ class Ongoing:
             if not any(forward.sequences for forward in self._forwards.values()):
                 self._remove_hooks()
 
-    def clear(self) -> None:
-        """Forget all of them, the broken-off ones of other threads too. The caller holds the lock."""
+    def close(self) -> None:
+        """Forget all of them, the broken-off ones of other threads too, and let none begin. The caller holds the lock."""
+        self.closed = True
         if running.forward in self._forwards.values():
             running.forward = None
         for forward in self._forwards.values():

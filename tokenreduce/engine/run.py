@@ -14,7 +14,16 @@ from tokenreduce.budget import Account
 from tokenreduce.engine import call as calls
 from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, token_layers
 from tokenreduce.engine.call import Call
-from tokenreduce.engine.checks import check_ran, check_spent, compiled, refuse_call, refuse_compiled, refuse_mode
+from tokenreduce.engine.checks import (
+    check_ran,
+    check_spent,
+    compiled,
+    refuse_call,
+    refuse_compiled,
+    refuse_mode,
+    refuse_outputs,
+    refuse_packed,
+)
 from tokenreduce.engine.compiled import CompiledForward
 from tokenreduce.engine.forward import Forward
 from tokenreduce.engine.host import Host
@@ -22,10 +31,10 @@ from tokenreduce.engine.ongoing import Ongoing
 from tokenreduce.engine.receipt import receipt
 from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
-from tokenreduce.engine.stack import calls_of
+from tokenreduce.engine.stack import calls_of, in_compiled_call, working
 from tokenreduce.engine.step import Step, any_reduced, continued
 from tokenreduce.engine.vision import NoTower, TowerHooks
-from tokenreduce.engine.waiting import wait_for_others
+from tokenreduce.engine.waiting import any_other, wait_until
 from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
@@ -105,16 +114,34 @@ class Run:
         """
         if not self.attached:
             return
-        wait_for_others(lambda thread: self._ongoing.within(thread) or thread in self._tower.busy, self.pipeline.name)
+        if self._works(threading.get_ident()) and (in_compiled_call() or any(map(calls_of, self._modules()))):
+            raise AttachError(f"pipeline {self.pipeline.name} cannot be detached within a forward of its own model")
+        wait_until(self._take_off, self.pipeline.name)
+        self._local.asked = None
+
+    def _take_off(self) -> bool:
+        """Whether no other thread works, so that all could be undone."""
+        modules = self._modules()
         with self._ongoing.lock:
-            self._ongoing.clear()
+            if any_other(lambda thread: self._works(thread) and working(thread, modules)):
+                return False
+            self._ongoing.close()
             self._tower.remove()
             self.host.give_back()
             text = self.host.decoder()
             if text is not None:
                 attached.pop(text, None)
             self.attached = False
-        self._local.asked = None
+        return True
+
+    def _works(self, thread: int) -> bool:
+        """Whether a forward has begun in `thread` of which no end was seen."""
+        return self._ongoing.within(thread) or thread in self._tower.busy
+
+    def _modules(self) -> list[nn.Module]:
+        """What runs while a forward goes on."""
+        text = self.host.decoder()
+        return [*self._tower.modules, *(() if text is None else (text,))]
 
     def __enter__(self) -> Run:
         return self
@@ -136,7 +163,7 @@ class Run:
         sites = {site for strategy in self.strategies for site in strategy.schedule(len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
-        self._ongoing = Ongoing(host, pairs)
+        self._ongoing = Ongoing(host, pairs, self._tower.lock)
         host.take(self, pairs)
         self._tower.install()
         attached[host.text] = self
@@ -153,8 +180,8 @@ class Run:
         if self._layout is not None:
             for row in self._reducible(self._layout):
                 if bool(row.any()):
-                    # In a batch, what lies before the vision tokens may be padding; each call is checked again with its mask.
-                    padding = int(row.int().argmax()) if len(self._layout.slot) > 1 else 0
+                    # What lies before the vision tokens may be padding; each call is checked again with its mask.
+                    padding = int(row.int().argmax())
                     check(self.strategies, self._account(len(row) - padding, int(row.sum())))
 
     def _account(self, total: int, reducible: int) -> Account:
@@ -167,20 +194,30 @@ class Run:
 
     def note_prompt(self, outermost: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a module around the decoder: keep the token ids for `begin`."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        kwargs = calls.named(module, args, kwargs)
+        ids = kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.dim() == 2:
             self._local.asked = ids, kwargs
         elif outermost:
             self._local.asked = None  # Left by a call that failed before it came to the decoder.
         if outermost and self.vision:
             self._tower.expect(1 if ids is None else len(ids), kwargs)
-        if kwargs.get("labels") is not None:
-            raise UnsupportedError(
-                "labels are not supported while a pipeline is attached: the logits are those of the kept tokens"
-            )
+        refuse_outputs(self.host.family, self.host.config, kwargs)
+        if outermost:
+            self.host.check_decoder(module)
 
     def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the decoder: refuse what must be refused, and start the state of this forward."""
+        if not self._ongoing.enter():
+            return None
+        try:
+            changed = self._begin(text, calls.named(text, args, kwargs))
+        finally:
+            self._ongoing.entered()
+        return None if changed is None else ((), changed)
+
+    def _begin(self, text: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments with which the decoder is to run, None for those that it was given."""
         local = self._local
         asked, local.asked, local.await_head = local.asked, None, False
         self._ready()
@@ -190,8 +227,8 @@ class Run:
                 return None
             if Step.serves(kwargs.get("attention_mask"), self.host.implementation, self.host.config, held):
                 self._ongoing.start(Step())
-                return args, {**kwargs, "attention_mask": None}
-        call = Call.read(args, kwargs, None if asked is None else Prompt.read(*asked))
+                return {**kwargs, "attention_mask": None}
+        call = Call.read(kwargs, None if asked is None else Prompt.read(*asked))
         layout = self._find_layout(call)
         if layout is None:
             self._begin_text(call)
@@ -208,15 +245,18 @@ class Run:
         sequences = calls.sequences(call, layout, self._reducible(layout), self.strategies, self._account)
         cache, use_cache = call.cache, kwargs.get("use_cache")
         use_cache = self.host.config.use_cache if use_cache is None else use_cache
+        if not use_cache:
+            refuse_packed(self.host.family, call)
         if cache is None and (use_cache or self._kv_sites):
             from transformers import DynamicCache
 
-            kwargs["past_key_values"] = cache = DynamicCache(config=self.host.config)
+            cache = DynamicCache(config=self.host.config)
+            kwargs = {**kwargs, "past_key_values": cache}
         layers = [] if cache is None else adopt(cache, len(self.host.layers), call.valid_past)
         forward = self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs))
         forward.stages += told
         self._ongoing.start(forward)
-        return args, kwargs
+        return kwargs
 
     def _ready(self) -> None:
         if self._ongoing.here() is not None:
@@ -226,6 +266,7 @@ class Run:
                     f"{self.host.family}: called within a forward of its own, which is not supported while a pipeline is attached"
                 )
             self._ongoing.release()  # The last forward of this thread was broken off by Ctrl-C.
+        self.host.check_depth()
         if not self.host.tapped:
             raise AttachError(
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
@@ -233,6 +274,8 @@ class Run:
 
     def _begin_text(self, call: Call) -> None:
         """A forward without vision tokens: dense, unless the cache that it goes on with has been reduced."""
+        if self._layout is not None and call.width - call.draft == self._layout.shape[1]:
+            self._fresh = False  # A layout of text alone was this call's.
         held = token_layers(call.cache)
         if any_reduced(held):
             refuse_call(self.host.family, self.host.config, call)

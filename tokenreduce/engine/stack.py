@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from torch import nn
@@ -12,9 +12,9 @@ LOOPS = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
 """The functions of transformers' generate() that call a model."""
 
 
-def _stack() -> Iterator[FrameType]:
-    """The frames that called this forward, innermost first."""
-    frame: FrameType | None = sys._getframe(2)
+def _stack(frame: FrameType | None = None) -> Iterator[FrameType]:
+    """The frames that called this forward, or led to `frame`, innermost first."""
+    frame = frame or sys._getframe(2)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -24,19 +24,39 @@ def _is_loop(frame: FrameType) -> bool:
     return frame.f_code.co_name in LOOPS and frame.f_globals.get("__name__", "").startswith("transformers.")
 
 
-def in_compiled_call() -> bool:
-    """Whether a module that torch.compile made of this model, after a pipeline was attached, is being called."""
-    return any(
+def _is_compiled(frame: FrameType) -> bool:
+    return (
         frame.f_code.co_name in ("__call__", "compile_wrapper")
         and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
-        for frame in _stack()
     )
+
+
+def _is_call(frame: FrameType, module: nn.Module) -> bool:
+    return frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+
+
+def in_compiled_call() -> bool:
+    """Whether a module that torch.compile made of this model, after a pipeline was attached, is being called."""
+    return any(map(_is_compiled, _stack()))
 
 
 def calls_of(module: nn.Module) -> int:
     """How many calls of `module`, not compiled ones, are going on, one within the other."""
-    code = nn.Module._call_impl.__code__
-    return sum(frame.f_code is code and frame.f_locals.get("self") is module for frame in _stack())
+    return sum(_is_call(frame, module) for frame in _stack())
+
+
+def working(thread: int, modules: Sequence[nn.Module]) -> bool:
+    """Whether a call of one of `modules`, or of anything compiled, may be going on in another thread.
+
+    A forward that SystemExit or a cancellation broke off in a pool's thread ended without a word: only the stack tells.
+    """
+    leaf = sys._current_frames().get(thread)
+    if leaf is None:
+        return False
+    place = leaf.f_lasti
+    found = any(_is_compiled(frame) or any(_is_call(frame, module) for module in modules) for frame in _stack(leaf))
+    # What returns while it is read breaks the chain of frames: then nobody knows.
+    return found or sys._current_frames().get(thread) is not leaf or leaf.f_lasti != place
 
 
 def in_generation() -> bool:

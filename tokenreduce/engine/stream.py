@@ -251,7 +251,7 @@ class Stream(Run):
         if piece is None:
             return super().begin(text, args, kwargs)
         self._ready()
-        call = replace(Call.read(args, kwargs, None), width=piece.logical)
+        call = replace(Call.read(kwargs, None), width=piece.logical)
         refuse_call(self.host.family, self.host.config, call)
         refuse_mode(self.host.family, text, self.host.config, call, self.host.recomputable())
         if self._compiled():

@@ -14,6 +14,7 @@ from tokenreduce.adapter import FfnPair
 from tokenreduce.engine import layers as plain
 from tokenreduce.engine.cache import running
 from tokenreduce.engine.compiled import CompiledForward
+from tokenreduce.engine.hooks import take_off
 
 
 class TracedHooks:
@@ -37,9 +38,7 @@ class TracedHooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        handles, self.handles = self.handles, []
-        for handle in handles:
-            handle.remove()
+        take_off(self.handles)
 
 
 def _current() -> CompiledForward | None:

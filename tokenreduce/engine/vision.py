@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapter import VisionTower
 from tokenreduce.engine.frames import Frames, mapped, read_frames, tensors
-from tokenreduce.engine.hooks import Hook
+from tokenreduce.engine.hooks import Hook, take_off
 from tokenreduce.engine.layers import observe
 from tokenreduce.errors import LayoutError, NotFiredError, PipelineError, PluginError, UnsupportedError
 from tokenreduce.reduction import Reduction
@@ -43,10 +43,18 @@ class _Visit:
 
 
 class NoTower:
-    """A pipeline without stages in the vision tower. busy: the threads that run the tower now, by their identifiers."""
+    """A pipeline without stages in the vision tower.
+
+    modules: the tower, if there are any. busy: the threads that run it now, by their identifiers. lock: held while one begins,
+    and while the pipeline is taken off. installed: whether the hooks are on.
+    """
+
+    modules: Sequence[nn.Module] = ()
+    installed = False
 
     def __init__(self) -> None:
         self.busy: set[int] = set()
+        self.lock = threading.Lock()
 
     def install(self) -> None:
         """Put the hooks on."""
@@ -72,7 +80,7 @@ class TowerHooks(NoTower):
                 f"{family}: its adapter describes no vision tower, so the stage {strategies[0].name} cannot act; leave out the "
                 "stages in the vision tower, or state the adapter's vision_tower()"
             )
-        self.tower, self.strategies, self.family = tower, strategies, family
+        self.tower, self.strategies, self.family, self.modules = tower, strategies, family, (tower.module,)
         depth = len(tower.blocks)
         self.asked = {strategy: strategy.schedule(depth) for strategy in strategies}
         blocks = [site.block for sites in self.asked.values() for site in sites if site.kind == "vision.block"]
@@ -100,7 +108,7 @@ class TowerHooks(NoTower):
 
     def install(self) -> None:
         """Put the hooks on."""
-        tower = self.tower.module
+        tower, self.installed = self.tower.module, True
         self._handles.append(tower.register_forward_pre_hook(Hook(self, "enter", tower), with_kwargs=True))
         self._handles.append(
             tower.register_forward_hook(Hook(self, "leave", tower), with_kwargs=True, always_call=True)
@@ -112,9 +120,8 @@ class TowerHooks(NoTower):
 
     def remove(self) -> None:
         """Take the hooks off."""
-        handles, self._handles = self._handles, []
-        for handle in handles:
-            handle.remove()
+        self.installed = False
+        take_off(self._handles)
 
     def take(self) -> list[StageTrace]:
         """What the stages did in this thread since the last prefill with vision tokens. NotFiredError: the tower did not run."""
@@ -143,7 +150,10 @@ class TowerHooks(NoTower):
                 f"{self.family}: output_attentions of a vision tower with stages in it is not supported"
             )
         frames = read_frames(self.tower, self.family, args, kwargs)
-        self.busy.add(threading.get_ident())
+        with self.lock:
+            if not self.installed:  # Taken off while this call began.
+                return None
+            self.busy.add(threading.get_ident())
         self._local.visit, self._local.told = _Visit(frames), []
         for strategy in self._at(INPUT):
             groups = [video for group in frames.groups for video in self._videos(strategy, group)]

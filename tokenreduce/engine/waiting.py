@@ -12,10 +12,16 @@ PATIENCE = 60.0
 """Seconds that `detach` waits for a forward that runs in another thread."""
 
 
-def wait_for_others(works: Callable[[int | None], bool], pipeline: str) -> None:
-    """Wait until no other living thread works; AttachError if one does not end. works: of a thread's identifier."""
-    until, own = time.monotonic() + PATIENCE, threading.get_ident()
-    while any(works(thread.ident) for thread in threading.enumerate() if thread.ident != own):
+def any_other(works: Callable[[int], bool]) -> bool:
+    """Whether another living thread works. works: of a thread's identifier."""
+    others = (thread.ident for thread in threading.enumerate() if thread.ident != threading.get_ident())
+    return any(works(ident) for ident in others if ident is not None)
+
+
+def wait_until(done: Callable[[], bool], pipeline: str) -> None:
+    """Try `done` until it says that it is; AttachError if forwards of other threads never let it."""
+    until = time.monotonic() + PATIENCE
+    while not done():
         if time.monotonic() > until:
             raise AttachError(
                 f"pipeline {pipeline} cannot be detached: a forward of another thread has not ended in {PATIENCE:.0f} s"
