@@ -7,7 +7,10 @@ Each message is one line that says what is wrong and what to do about it, becaus
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class TokenReduceError(Exception):
@@ -48,6 +51,27 @@ class MediaError(TokenReduceError):
 
 class CheckpointError(TokenReduceError):
     """A checkpoint folder whose tensors do not map one to one onto the model."""
+
+
+def asked(who: str, call: Callable[[], T]) -> T:
+    """What `call`, the code of a plugin, returns. PluginError in one line where it raises; refusals of ours pass."""
+    try:
+        return call()
+    except Exception as error:
+        line = one_line(error)
+        if isinstance(error, TokenReduceError) and "\n" not in str(error):
+            raise
+        raise PluginError(f"{who} failed: {line}") from error
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """`error` as part of a message: its type and its text, which may have many lines or fail itself."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "its text cannot be had"
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

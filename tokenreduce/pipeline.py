@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from tokenreduce import plugins
 from tokenreduce.budget import Budget
-from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, nearest
+from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, asked, nearest, one_line
 from tokenreduce.layout import MarkerPolicy
 from tokenreduce.problems import KnownFields, describe, problem
 from tokenreduce.strategy import VISION_ORDER, AnyStageConfig, Strategy
@@ -43,14 +43,19 @@ def _stage(value: Any) -> AnyStageConfig:
     cls = known[name]
     config = value
     if not isinstance(value, AnyStageConfig):
-        config = cls.Config.model_validate_json(json.dumps(value), strict=True)
+        try:
+            config = cls.Config.model_validate_json(json.dumps(value), strict=True)
+        except ValidationError:
+            raise
+        except Exception as error:
+            raise problem((), f"{name}: a validator of its Config failed: {one_line(error)}", value) from None
     if not isinstance(config, cls.Config):
         raise problem((), f"expected {cls.__name__}.Config for strategy '{name}', got {type(config).__name__}", value)
     if config.site is not None and config.site not in cls.capabilities.sites:
         sites = ", ".join(cls.capabilities.sites)
         raise problem(("site",), f"{name} cannot act at '{config.site}'; it can at: {sites}", config.site)
     try:
-        cls(config)  # type: ignore[arg-type]
+        _made(cls, config)
     except TokenReduceError as error:
         raise problem((), str(error), value) from None
     return config
@@ -174,10 +179,14 @@ def build_vision(pipeline: Pipeline) -> list[VisionStrategy]:
 def _built(pipeline: Pipeline) -> list[Strategy | VisionStrategy]:
     known, built = plugins.strategies(), []
     for place, stage in enumerate(pipeline.stages):
-        strategy = known[stage.strategy](stage)  # type: ignore[arg-type]
+        strategy = _made(known[stage.strategy], stage)
         strategy.place = place
         built.append(strategy)
     return built
+
+
+def _made(cls: plugins.AnyStrategy, config: AnyStageConfig) -> Strategy | VisionStrategy:
+    return asked(f"strategy {cls.name}: its constructor", lambda: cls(config))  # type: ignore[arg-type]
 
 
 def _order(cls: plugins.AnyStrategy) -> int:

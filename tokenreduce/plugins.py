@@ -22,7 +22,7 @@ import pluggy
 
 from tokenreduce import hookspecs
 from tokenreduce.adapter import ModelAdapter
-from tokenreduce.errors import PluginError
+from tokenreduce.errors import PluginError, one_line
 from tokenreduce.hookspecs import PROJECT
 from tokenreduce.strategy import SITE_ORDER, VISION_ORDER, Capabilities, StageConfig, Strategy
 from tokenreduce.vision import VisionStageConfig, VisionStrategy
@@ -132,8 +132,7 @@ def _load(entry: EntryPoint, *, must: bool) -> object | None:
 
 
 def _warn(origin: str, what: str, error: BaseException) -> None:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    warnings.warn(f"plugin '{origin}' {what} and is left out: {reason}", PluginWarning, stacklevel=3)
+    warnings.warn(f"plugin '{origin}' {what} and is left out: {one_line(error)}", PluginWarning, stacklevel=3)
 
 
 def _register(found: pluggy.PluginManager, module: object, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -65,10 +65,7 @@ class Reduction:
 
     def validate(self) -> None:
         """Raise LayoutError unless every token is kept, merged into a kept token of its row, or dropped."""
-        if self.target.dtype != torch.long or self.target.dim() != 2:
-            raise LayoutError(
-                f"Reduction.target must be a (B, N) long tensor, got {self.target.dtype} {self.target.shape}"
-            )
+        self._check_types()
         n = self.target.shape[1]
         if n and (int(self.target.min()) < -1 or int(self.target.max()) >= n):
             raise LayoutError(f"Reduction.target must lie in −1 … {n - 1}")
@@ -83,6 +80,23 @@ class Reduction:
             raise LayoutError("Reduction says merges=False, but merges tokens")
         if self.counts is not None and list(self.counts) != kept.sum(1).tolist():
             raise LayoutError(f"Reduction says counts={self.counts}, but keeps {kept.sum(1).tolist()}")
+
+    def _check_types(self) -> None:
+        target, counts = self.target, self.counts
+        if not isinstance(target, Tensor):
+            raise LayoutError(f"Reduction.target must be a (B, N) long tensor, got a {type(target).__name__}")
+        if target.dtype != torch.long or target.dim() != 2 or target.layout != torch.strided:
+            kind = target.dtype if target.layout == torch.strided else target.layout
+            raise LayoutError(f"Reduction.target must be a (B, N) long tensor, got {kind} {target.shape}")
+        if not isinstance(self.weighting, str) or self.weighting not in get_args(Weighting):
+            got = repr(self.weighting) if isinstance(self.weighting, str) else f"a {type(self.weighting).__name__}"
+            raise LayoutError(f"Reduction.weighting must be size or plain, got {got}")
+        if not isinstance(self.merges, bool):
+            raise LayoutError(f"Reduction.merges must be True or False, got a {type(self.merges).__name__}")
+        each = counts if isinstance(counts, (tuple, list)) else () if counts is None else (counts,)
+        odd = [type(count).__name__ for count in each if type(count) is not int or each is not counts]
+        if odd:
+            raise LayoutError(f"Reduction.counts must be a tuple of one whole number per row, got a {odd[0]}")
 
     def apply(self, hidden: Tensor | None, size: Tensor) -> Reduced:
         """Reduce `hidden` (B, N, D) and `size` (B, N) long. The caller's tensors are left as they are."""

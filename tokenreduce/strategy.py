@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -113,7 +113,10 @@ class StageConfig(AnyStageConfig):
 
 @dataclass(frozen=True)
 class Span:
-    """What a query at position p may see at a `kv` site: the first `sinks` tokens and the last `window`, itself included."""
+    """What a query at position p may see at a `kv` site: the first `sinks` tokens and the last `window`, itself included.
+
+    Whole numbers: sinks from 0, window from 1.
+    """
 
     sinks: int
     window: int
@@ -123,10 +126,14 @@ class Span:
 class Decision:
     """What a strategy decided for one sequence at one site.
 
-    reduction: of shape (1, n); None leaves the tokens as they are. span: at `kv` sites, an attention span instead.
+    reduction: of shape (1, n), on the tokens' device; None leaves the tokens as they are. span: at `kv` sites, an attention
+    span instead.
     finished: this stage will not act again in this forward. budget_met: nor need any later stage that waits for it.
     consumed: a stage that waits for this one starts at the next site; False lets it start at this very site.
     note: shown in the trace, e.g. why merging ended.
+
+    The engine takes none of it on trust: a value of another type is refused (PluginError), as is what touches other tokens than
+    it may. The flags are bools: a tensor has to be made one by the strategy, which costs a device synchronisation.
     """
 
     reduction: Reduction | None = None
@@ -152,6 +159,10 @@ class StageContext:
     size: (n,) long, originals each token stands for. reducible: (n,) bool, tokens the stage may touch; all others stay.
     reducible_count: how many those are. original_reducible: how many they were at the start.
     state: a dict that the stage keeps for this sequence and this forward.
+
+    hidden is the model's own memory, at layer 0 perhaps the caller's: to write to it, clone it. A write is noticed by the
+    tensor's version counter and refused (PluginError), in inference mode too; only what goes round the counter (`.data`,
+    `.numpy()`) is not. The facts (slot … reducible) are copies.
     """
 
     site: Site
@@ -205,6 +216,11 @@ class StageContext:
         queries: `last` row, `all` rows (cumulative importance), or the last so many rows. At `pre_ffn` sites the layer's own
         attention, at `pre_attention` sites that of the layer before. No N×N matrix is made.
         """
+        count = isinstance(queries, int) and not isinstance(queries, bool) and queries >= 1
+        if not count and queries not in ("last", "all"):
+            raise ValueError(f"queries must be last, all or a whole number from 1, got {queries!r}")
+        if heads not in get_args(Heads):
+            raise ValueError(f"heads must be mean or max, got {heads!r}")
         if self.attention_source is None:
             raise PipelineError(f"{self.site}: no attention has been computed before this site")
         return self.attention_source(queries, heads)
@@ -215,6 +231,10 @@ class StageContext:
         scores: (n,). Ties go to the earlier token; NaN ranks last.
         """
         count = self.allowance() if count is None else count
+        if scores.shape != (self.n,):
+            raise ValueError(f"keep_top needs one score per token, ({self.n},), got {tuple(scores.shape)}")
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"keep_top needs a whole number of tokens from 0, got {count!r}")
         count = min(count, self.reducible_count)
         mask = top_mask(scores, count, self.reducible) | ~self.reducible
         return Reduction.keep(mask[None], counts=(self.n - self.reducible_count + count,))

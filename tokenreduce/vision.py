@@ -72,6 +72,8 @@ class VisionContext:
     site, depth: where, in a tower of how many blocks. hidden: (F, n, D): before block `site.block` its input; at `vision.input`
     the pixels of each patch as the tower is given them (normalised). size: (F, n) long, original tokens that each stands for.
     movable: (n,) bool, the patches, in raster order; class tokens before them stay. patches: how many a frame had at the start.
+
+    hidden is the tower's own memory, perhaps the caller's pixels: to write to it, clone it; see StageContext.
     """
 
     site: VisionSite

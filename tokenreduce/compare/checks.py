@@ -13,6 +13,7 @@ from tokenreduce.compare.arms import Arm
 from tokenreduce.compare.measure import NOTHING, Bench
 from tokenreduce.compare.statistics import shuffled_agreement, wilson
 from tokenreduce.compare.tasks import Item
+from tokenreduce.engine.asked import flag
 from tokenreduce.errors import NotFiredError, TokenReduceError
 from tokenreduce.pipeline import Pipeline, build
 
@@ -75,12 +76,12 @@ def _keep_all(
 ) -> Check:
     name = "keep all equals dense"
     width = int(inputs["input_ids"].shape[1])
-    if not any(strategy.needs_budget() for strategy in build(pipeline)):
+    if not any(flag(strategy, "needs_budget") for strategy in build(pipeline)):
         return Check(name, method, None, "no stage takes its count from a budget")
     with bench.attached(pipeline.with_budget(1)) as run:
         logits = forward()
         tokens = [int(layer.tokens[0]) for layer in run.trace.layers]
-        fixed = [strategy.name for strategy in run.strategies if not strategy.needs_budget()]
+        fixed = [strategy.name for strategy in run.strategies if not flag(strategy, "needs_budget")]
         if run.vision:
             return Check(name, method, None, f"{run.vision[0].name} does not take its count from the budget")
     if all(count == width for count in tokens):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.budget import SPAN_BLOCK
+from tokenreduce.engine.asked import ask, checked
 from tokenreduce.engine.cache import Activity, Joined, KvPlan, TokenLayer, lengthened
 from tokenreduce.engine.kv import plan_kv
 from tokenreduce.engine.reading import Reading, reading_sites
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
 from tokenreduce.engine.tap import Attention, attend_by_position, attend_by_row, causal_mask
-from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
-from tokenreduce.reduction import Reduction
+from tokenreduce.errors import UnsupportedError
 from tokenreduce.strategy import Decision, Heads, Queries, Site
 from tokenreduce.trace import StageTrace
 
@@ -107,20 +107,9 @@ class Forward(Activity):
 
     def decide(self, sequence: Sequence, run: StageRun, site: Site, hidden: Tensor) -> Decision:
         readable = self.attention is not None and site.kind != "kv"
-        name = run.strategy.name
-        try:
-            answer = run.strategy.decide(sequence.context(run, site, hidden, self.importance if readable else None))
-        except TokenReduceError:
-            raise
-        except Exception as error:
-            raise PluginError(f"strategy {name} at {site} failed: {type(error).__name__}: {error}") from error
-        if answer is None or isinstance(answer, Reduction):
-            answer = Decision(answer)
-        if not isinstance(answer, Decision):
-            raise PluginError(f"strategy {name} at {site} returned a {type(answer).__name__}, not a Decision")
-        if answer.span is not None and site.kind != "kv":
-            raise PluginError(f"strategy {name} at {site} returned a span, which only a stage at a `kv` site can have")
-        return answer
+        who = f"strategy {run.strategy.name} at {site}"
+        ctx = sequence.context(run, site, hidden, self.importance if readable else None)
+        return checked(who, site, ask(who, run.strategy.decide, ctx))
 
     def record(
         self, sequence: Sequence, run: StageRun, site: Site, decision: Decision, before: int, after: int, merged: int

@@ -12,6 +12,7 @@ from tokenreduce import cost
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine import call as calls
+from tokenreduce.engine.asked import flag, sites_of
 from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, token_layers
 from tokenreduce.engine.call import Call
 from tokenreduce.engine.checks import (
@@ -160,7 +161,7 @@ class Run:
                 "one pipeline)"
             )
         self._check_pipeline()
-        sites = {site for strategy in self.strategies for site in strategy.schedule(len(host.layers))}
+        sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._ongoing = Ongoing(host, pairs, self._tower.lock)
@@ -172,7 +173,7 @@ class Run:
     def _check_pipeline(self) -> None:
         """Refuse a pipeline that needs a budget and has none, or whose budget cannot be met by the layout that is known."""
         check_sites(self.strategies, len(self.host.layers))
-        needy = [strategy.name for strategy in self.strategies if strategy.needs_budget()]
+        needy = [strategy.name for strategy in self.strategies if flag(strategy, "needs_budget")]
         if self.budget is None and needy:
             raise PipelineError(f"{needy[0]} solves its count from a budget: give `budget`, or the stage's `keep`")
         if self.budget is not None and not needy:

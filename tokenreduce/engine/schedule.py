@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from tokenreduce.budget import Account, kv_pairs, released_removal
+from tokenreduce.engine.asked import flag, outcome_of, sites_of
 from tokenreduce.errors import BudgetError, PipelineError
 from tokenreduce.ops.attention import importance_flops
 from tokenreduce.strategy import Action, CountView, Queries, Site, Strategy
@@ -50,7 +51,7 @@ class Conductor:
         depth = account.shape.layers
         self.depth = depth
         self.asked: list[tuple[Site, StageRun]] = []
-        self.runs = [StageRun(strategy, strategy.schedule(depth)) for strategy in strategies]
+        self.runs = [StageRun(strategy, sites_of(strategy, depth)) for strategy in strategies]
 
     def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
         """Stages to ask at `site`, in order; `tokens` tells how many tokens are alive when it is asked."""
@@ -58,7 +59,7 @@ class Conductor:
             if run.done or site not in run.sites:
                 continue
             before = self.runs[:place]
-            if run.strategy.once and (site.order < run.free_from or not all(other.done for other in before)):
+            if flag(run.strategy, "once") and (site.order < run.free_from or not all(other.done for other in before)):
                 if not self._must_act(run, site, tokens()):
                     continue
                 for other in before:
@@ -87,7 +88,7 @@ class Conductor:
 
         reducible = tokens - account.fixed
         view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), _one, reading=reading)
-        run.strategy.forecast(view)
+        outcome_of(run.strategy, view)
         return spent
 
     def record(
@@ -98,7 +99,7 @@ class Conductor:
         self.asked.append((site, run))
         run.note = note or run.note
         place = self.runs.index(run)
-        if finished or run.strategy.once or not run.after(site):
+        if finished or flag(run.strategy, "once") or not run.after(site):
             run.end()
             for later in self.runs[place + 1 :]:
                 later.free_from = site.order + 1 if consumed else site.order
@@ -123,7 +124,8 @@ class Conductor:
         if account.budget.arithmetic == "released":
             return self._released(reducible, action)
         # A stage that solves every count is taken to keep the same share each time; merging by threshold to find no more.
-        later = run.after(site) if run.strategy.needs_budget() and not run.strategy.once else []
+        solves_all = flag(run.strategy, "needs_budget") and not flag(run.strategy, "once")
+        later = run.after(site) if solves_all else []
         keep = account.allowance(site, reducible, later)
         if keep < 1:
             raise self.refusal(run, site, tokens, 1)
@@ -192,7 +194,7 @@ def forecast(
                     frames,
                     partial(_read, account),
                 )
-                outcome = run.strategy.forecast(view)
+                outcome = outcome_of(run.strategy, view)
                 if kind == "kv":
                     held, span = min(outcome.count, tokens), not run.strategy.capabilities.merges
                 else:
@@ -228,7 +230,13 @@ def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
     """Refuse stages that would get in each other's way at the KV cache of a layer: PipelineError."""
     holders: dict[int, str] = {}
     for strategy in strategies:
-        for site in strategy.schedule(depth):
+        for name in (
+            "once",
+            "fixed_count",
+            "needs_budget",
+        ):  # Asked here as well, so that a fault is found before any forward.
+            flag(strategy, name)
+        for site in sites_of(strategy, depth):
             if site.kind == "kv" and site.layer in holders:
                 raise PipelineError(
                     f"{holders[site.layer]} and {strategy.name} both act at {site}; keep them apart by `at`, `from` or `until`"
@@ -236,7 +244,7 @@ def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
             if site.kind == "kv":
                 holders[site.layer] = strategy.name
     for strategy in strategies:
-        for site in strategy.schedule(depth) if strategy.capabilities.attention else []:
+        for site in sites_of(strategy, depth) if strategy.capabilities.attention else []:
             layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
             if site.kind != "kv" and layer in holders:
                 raise PipelineError(
@@ -252,7 +260,7 @@ def check(strategies: Sequence[Strategy], account: Account) -> None:
     budget = account.budget
     if budget is None:
         return
-    if not any(strategy.needs_budget() for strategy in strategies):
+    if not any(flag(strategy, "needs_budget") for strategy in strategies):
         raise PipelineError(
             f"budget {budget}: no stage of this pipeline chooses its count by a budget; add importance_prune, or drop the budget"
         )
@@ -267,5 +275,5 @@ def read_later(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
     """Layers whose queries outlive their attention, because a stage reads it before the attention of the next layer."""
     readers = (strategy for strategy in strategies if strategy.capabilities.attention)
     return frozenset(
-        site.layer - 1 for strategy in readers for site in strategy.schedule(depth) if site.kind == "pre_attention"
+        site.layer - 1 for strategy in readers for site in sites_of(strategy, depth) if site.kind == "pre_attention"
     )

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tokenreduce.engine.asked import check_reduction, lent
 from tokenreduce.engine.schedule import Conductor, StageRun
-from tokenreduce.errors import LayoutError, PluginError
+from tokenreduce.errors import PluginError
 from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import Heads, Queries, Site, StageContext
 from tokenreduce.trace import StageTrace
@@ -51,19 +52,19 @@ class Sequence:
         return len(self.alive)
 
     def context(self, run: StageRun, site: Site, hidden: Tensor, attention: AttentionSource | None) -> StageContext:
-        """What `run` sees; hidden: (n, D)."""
+        """What `run` sees; hidden: (n, D). The facts are copies: what becomes of them is the strategy's affair."""
         alive = self.alive
-        chosen = (lambda facts: facts) if self.whole else (lambda facts: facts[alive])
+        chosen = torch.clone if self.whole else (lambda facts: facts[alive])
         conductor = self.conductor
         return StageContext(
             site=site,
             depth=conductor.depth,
-            hidden=hidden,
+            hidden=lent(hidden),
             slot=chosen(self.slot),
             frame=chosen(self.frame),
             medium=chosen(self.medium),
-            position=alive,
-            size=self.size,
+            position=alive.clone(),
+            size=self.size.clone(),
             reducible=chosen(self.reducible),
             reducible_count=self.reducible_count,
             original_reducible=self.original_reducible,
@@ -77,15 +78,7 @@ class Sequence:
 
     def check(self, name: str, site: Site, reduction: Reduction) -> None:
         """Hold a strategy to its contract: PluginError where it misses tokens, touches text or merges across media."""
-        shape = tuple(reduction.target.shape)
-        if shape != (1, len(self)):
-            raise PluginError(
-                f"strategy {name} at {site} returned a reduction of {shape} tokens, expected (1, {len(self)})"
-            )
-        try:
-            reduction.validate()
-        except LayoutError as error:
-            raise PluginError(f"strategy {name} at {site}: {error}") from None
+        check_reduction(f"strategy {name} at {site}", reduction, (1, len(self)), self.alive.device)
         target, kept = reduction.target[0], reduction.kept[0]
         reducible, medium = self.reducible[self.alive], self.medium[self.alive]
         if not bool((kept | reducible).all()):

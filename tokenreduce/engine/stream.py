@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokenreduce import cost
 from tokenreduce.adapter import ModelAdapter
 from tokenreduce.budget import Account
+from tokenreduce.engine.asked import carry_of, sites_of
 from tokenreduce.engine.attach import adapter_for
 from tokenreduce.engine.cache import TokenLayer, adopt
 from tokenreduce.engine.call import Call
@@ -208,9 +209,9 @@ class Stream(Run):
                 f"{family}: its vision tokens have positions in several dimensions; streams need plain ones"
             )
         super()._check_pipeline()
-        carries = [(strategy, strategy.carry(len(self.host.layers))) for strategy in self.strategies]
+        carries = [(strategy, carry_of(strategy, len(self.host.layers))) for strategy in self.strategies]
         for strategy, carry in carries:
-            where = [site for site in strategy.schedule(len(self.host.layers)) if site.kind != "kv"]
+            where = [site for site in sites_of(strategy, len(self.host.layers)) if site.kind != "kv"]
             if where != ([] if carry is None else [Site(0, "pre_attention")]):
                 raise PluginError(
                     f"strategy {strategy.name} says that it can run in a stream, but acts at {where[-1:]}"

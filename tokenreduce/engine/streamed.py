@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenreduce import cost
 from tokenreduce.budget import SPAN_BLOCK, Account
+from tokenreduce.engine.asked import sites_of
 from tokenreduce.engine.cache import TokenLayer
 from tokenreduce.engine.schedule import forecast
 from tokenreduce.errors import LayoutError
@@ -103,12 +104,13 @@ class Ledger:
         forecast([strategy for strategy in strategies if strategy is not merging], account)
         stages = []
         for number, strategy in enumerate(strategies):
-            for site in strategy.schedule(depth):
+            sites = sites_of(strategy, depth)
+            for site in sites:
                 note, before, after, merged = "", left, account.kv[site.layer], 0
                 if strategy is merging:
                     note = f"{carry.similar / max(carry.candidates, 1):.1%} similar"
                     before, after, merged = n, left, n - left
-                dropped, finished = before - after - merged, site == strategy.schedule(depth)[-1]
+                dropped, finished = before - after - merged, site == sites[-1]
                 stages.append(
                     StageTrace(
                         number, strategy.name, str(site), site.layer, 0, before, after, merged, dropped, finished, note

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapter import VisionTower
+from tokenreduce.engine.asked import ask, check_reduction, lent, reduction_of, vision_sites_of
 from tokenreduce.engine.frames import Frames, mapped, read_frames, tensors
 from tokenreduce.engine.hooks import Hook, take_off
 from tokenreduce.engine.layers import observe
-from tokenreduce.errors import LayoutError, NotFiredError, PipelineError, PluginError, UnsupportedError
+from tokenreduce.errors import NotFiredError, PipelineError, PluginError, UnsupportedError
 from tokenreduce.reduction import Reduction
 from tokenreduce.trace import StageTrace
 from tokenreduce.vision import VisionContext, VisionSite, VisionStrategy
@@ -82,7 +83,7 @@ class TowerHooks(NoTower):
             )
         self.tower, self.strategies, self.family, self.modules = tower, strategies, family, (tower.module,)
         depth = len(tower.blocks)
-        self.asked = {strategy: strategy.schedule(depth) for strategy in strategies}
+        self.asked = {strategy: vision_sites_of(strategy, depth) for strategy in strategies}
         blocks = [site.block for sites in self.asked.values() for site in sites if site.kind == "vision.block"]
         inside = [strategy for strategy, sites in self.asked.items() if sites[0].kind == "vision.block"]
         if inside and tower.grid is not None:
@@ -181,8 +182,8 @@ class TowerHooks(NoTower):
         count, n, _ = group.shape
         everything = torch.arange(count, device=group.device)[None]
         ones = torch.ones(count, n, dtype=torch.long, device=group.device)
-        ctx = VisionContext(INPUT, len(self.tower.blocks), group, ones, ones[0].bool(), n)
-        reduction = strategy.decide(ctx) or Reduction.merge(everything)
+        ctx = VisionContext(INPUT, len(self.tower.blocks), lent(group), ones, ones[0].bool(), n)
+        reduction = self._decide(strategy, ctx) or Reduction.merge(everything)
         self._check(strategy, INPUT, reduction, (1, count), everything[0] >= 0)
         return reduction
 
@@ -216,8 +217,8 @@ class TowerHooks(NoTower):
         assert visit.size is not None
         movable = torch.arange(n, device=hidden.device) >= self.tower.prefix
         patches = visit.place.shape[1] - self.tower.prefix
-        ctx = VisionContext(site, len(self.tower.blocks), hidden, visit.size, movable, patches)
-        reduction = strategy.decide(ctx)
+        ctx = VisionContext(site, len(self.tower.blocks), lent(hidden), visit.size.clone(), movable.clone(), patches)
+        reduction = self._decide(strategy, ctx)
         after = n
         if reduction is not None:
             self._check(strategy, site, reduction, (frames, n), movable)
@@ -261,6 +262,10 @@ class TowerHooks(NoTower):
     def _at(self, site: VisionSite) -> list[VisionStrategy]:
         return [strategy for strategy, sites in self.asked.items() if site in sites]
 
+    def _decide(self, strategy: VisionStrategy, ctx: VisionContext) -> Reduction | None:
+        who = f"strategy {strategy.name} at {ctx.site}"
+        return reduction_of(who, ask(who, strategy.decide, ctx))
+
     def _note(self, strategy: VisionStrategy, site: VisionSite, before: int, after: int, what: str) -> None:
         event = StageTrace(
             stage=strategy.place, strategy=strategy.name, site=str(site), layer=site.block, row=-1, before=before, after=after,
@@ -285,12 +290,7 @@ class TowerHooks(NoTower):
     ) -> None:
         """Hold a strategy to its contract: PluginError where it drops, misses or moves what it may not."""
         name = f"strategy {strategy.name} at {site}"
-        if tuple(reduction.target.shape) != shape:
-            raise PluginError(f"{name} returned a reduction of {tuple(reduction.target.shape)}, expected {shape}")
-        try:
-            reduction.validate()
-        except LayoutError as error:
-            raise PluginError(f"{name}: {error}") from None
+        check_reduction(name, reduction, shape, movable.device)
         if bool((reduction.target < 0).any()):
             raise PluginError(f"{name} drops tokens, but the projector needs them all; merge them")
         if not bool((reduction.kept | (movable & movable[reduction.target])).all()):
