@@ -48,7 +48,7 @@ def report() -> Path:
         "Made by `make bench` (one case alone: `python benchmarks/bench.py CASE`). The arms of a case take turns in one run",
         "after a warm-up, in alternating order; a ratio is the median of the ratios within each turn, in brackets the smallest",
         "and the largest. Weights are random unless a section says otherwise: they show speed and memory, never accuracy.",
-        f"`--layers`, `--hidden` and `--frames` measure another decoder or video ({', '.join(SIZED)}), without touching this page.",
+        f"`--layers`, `--hidden` and `--frames` measure another decoder or video ({', '.join(SIZED)}), off this page.",
         "",
     ]
     for name in CASES:
