@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,9 +13,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from families import FAMILIES, Family, Image, Text, Video
+from families import FAMILIES, Family, Image, Part, Text, Video
+from test_turns_vision import SUBJECTS
 from tiny import assert_same, hooks, snapshot
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import tokenreduce as tr
 from tokenreduce import plugins
@@ -506,9 +510,82 @@ def test_a_video_is_not_compared_with_its_neighbours_in_the_batch() -> None:
     assert trace.stages[0].after == 4  # Bit for bit the same: then it does not matter whose it is.
 
 
-def test_frames_of_a_batch_that_nobody_can_tell_apart() -> None:
-    family = FAMILIES["internvl"]
+LIKE = {"strategy": "frame_reuse", "threshold": 0.01}
+TWO = [[Text(4), Video(4), Text(3)], [Text(2), Video(4), Text(5)]]
+SHOWN = {name: FAMILIES[name] for name in ("llava_onevision", "llava_next_video", "internvl")} | {
+    "llava_video": SUBJECTS["llava_video"]
+}
+
+
+def still(family: Family, rows: list[list[Part]], begin: int) -> dict[str, Any]:
+    """Inputs whose frames from `begin` on are all like the one before it, though not bit for bit."""
+    inputs = dict(family.sample(rows).inputs)
+    pixels = inputs[next(name for name in inputs if name.startswith("pixel_values"))].view(-1, 3, 24, 24)
+    pixels[begin:] = pixels[begin - 1] + 1e-4 * torch.arange(len(pixels) - begin)[:, None, None, None]
+    return inputs
+
+
+def ways(model: Any) -> dict[str, Any]:
+    """The calls in which the tower runs before the decoder's prefill."""
+    return {
+        "forward": model,
+        "generate": lambda **inputs: model.generate(**inputs, max_new_tokens=2, do_sample=False),
+        "inner": model.model,
+    }
+
+
+@pytest.mark.parametrize("way", ["forward", "generate", "inner"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_like_frames_of_a_batch_are_those_of_one_video(name: str, way: str) -> None:
+    """The second video stands still at the last frame of the first: it is encoded once, and that frame is not it."""
+    model = SHOWN[name].model()
+    with torch.no_grad(), tr.reduce(model, {"stages": [LIKE]}) as attached:
+        for rows, begin, after in ((TWO, 4, 5), ([[*TWO[0], *TWO[1]]], 4, 5), (TWO[:1], 2, 2)):
+            ways(model)[way](**still(SHOWN[name], rows, begin))
+            frames = 4 * sum(isinstance(part, Video) for row in rows for part in row)
+            assert [(s.before, s.after) for s in attached.trace.stages] == [(frames, after)]
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_videos_that_come_frame_by_frame_are_reused_by_video(way: str) -> None:
+    """LLaVA-Video takes videos of several lengths as (frames, 1, 3, H, W): the layout says whose they are."""
+    family = SUBJECTS["llava_video"]
     model = family.model()
-    inputs = dict(family.sample([[Text(4), Video(4), Text(3)], [Text(2), Video(4), Text(5)]]).inputs)
-    with pytest.raises(UnsupportedError, match="set `threshold: 0`, or give the videos one by one"):
-        run(model, inputs, {"strategy": "frame_reuse", "threshold": 0.01})
+    rows = [[Text(2), Video(3), Text(3), Video(1), Text(1)], [Text(6)], [Text(1), Video(1), Text(2), Video(5), Text(4)]]
+    with torch.no_grad(), tr.reduce(model, {"stages": [LIKE]}) as attached:
+        for batch, after in ((rows, 4), (rows[:2], 2), ([[Text(2), Video(1), Text(3)], [Text(5), Video(1)]], 2)):
+            ways(model)[way](**still(family, batch, 1))
+            assert attached.trace.stages[0].after == after
+
+
+def test_images_of_a_row_are_its_frames_where_a_family_has_no_videos() -> None:
+    model = FAMILIES["llava"].model()
+    rows = [[Text(4), Image(), Image(), Text(3)], [Text(2), Image(), Text(1)]]
+    for batch, after in ((rows, 2), (rows[:1], 1)):
+        with torch.no_grad(), tr.reduce(model, {"stages": [LIKE, PRUNE]}) as attached:
+            model(**still(FAMILIES["llava"], batch, 1))
+            assert attached.trace.stages[0].after == after
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_frames_of_a_batch_that_nobody_can_tell_apart(way: str) -> None:
+    """An image in several tiles: they are not frames of the layout."""
+    model = FAMILIES["internvl"].model()
+    inputs = dict(FAMILIES["internvl"].sample([[Text(4), Image((48, 24)), Text(3)], [Text(2), Video(4), Text(5)]]).inputs)
+    assert len(inputs["pixel_values"]) > 5
+    told = pytest.raises(UnsupportedError, match="set `threshold: 0`, or give the videos one by one")
+    with torch.no_grad(), tr.reduce(model, {"stages": [LIKE]}), told:
+        ways(model)[way](**inputs)
+
+
+def test_the_tower_keeps_nothing_of_a_call_that_is_over() -> None:
+    model = FAMILIES["llava_onevision"].model()
+    with torch.no_grad(), tr.reduce(model, {"stages": [LIKE]}) as attached:
+        cache = DynamicCache(config=model.config)
+        pixels = still(FAMILIES["llava_onevision"], TWO, 4)
+        left = [weakref.ref(cache), weakref.ref(pixels["pixel_values_videos"])]
+        model.generate(**pixels, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        del cache, pixels
+        gc.collect()
+        assert [ref() for ref in left] == [None, None]
+        assert attached.trace.stages[0].after == 5

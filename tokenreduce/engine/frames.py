@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenreduce.adapter import VisionTower
-from tokenreduce.errors import UnsupportedError
+from tokenreduce.adapter import Prompt, VisionTower
+from tokenreduce.engine.host import Host
+from tokenreduce.errors import TokenReduceError, UnsupportedError
+from tokenreduce.layout import TokenLayout
 from tokenreduce.reduction import Reduction
 
 
@@ -129,6 +133,51 @@ def _kept(reduction: Reduction) -> tuple[Tensor, Tensor]:
 def read_frames(tower: VisionTower, family: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frames:
     """The frames that a tower is called with."""
     return (Frames if tower.grid is None else PackedFrames)(tower, family, args, dict(kwargs))
+
+
+def pixels_of(kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The pixels that a model is called with, a tensor for its images and one for its videos."""
+    return [x for name, x in kwargs.items() if name.startswith("pixel_") and isinstance(x, Tensor)]
+
+
+def video_lengths(total: int, ids: Tensor | None, kwargs: Mapping[str, Any], host: Host) -> list[int] | None:
+    """How many of the `total` frames of a tower's call belong together, in order; None where nothing tells.
+
+    Frames of one video do, and images of one row next to each other: so a family without videos is shown frames.
+    ids, kwargs: what the model is called with, pixels among it.
+    """
+    pixels = pixels_of(kwargs)
+    layout = _layout(ids, kwargs, host) if len(pixels) == 1 else None
+    told = [] if layout is None else _by_layout(layout)
+    if sum(told) == total:
+        return told
+    shapes = {(x.shape[0], x.shape[1]) for x in pixels if x.dim() == 5 and x.shape[1] > 1}
+    fitting = [(videos, frames) for videos, frames in shapes if videos * frames == total]
+    if len(fitting) == 1:
+        videos, frames = fitting[0]
+        return [frames] * videos
+    rows = kwargs.get("inputs_embeds") if ids is None else ids
+    return [total] if rows is None or len(rows) == 1 else None
+
+
+def _layout(ids: Tensor | None, kwargs: Mapping[str, Any], host: Host) -> TokenLayout | None:
+    """Where the adapter finds the media; None where it does not: the forward that follows will say so."""
+    try:
+        return None if ids is None else host.adapter.layout(host.model, Prompt.read(ids, dict(kwargs)))
+    except TokenReduceError:
+        return None
+
+
+def _by_layout(layout: TokenLayout) -> list[int]:
+    """See `video_lengths`."""
+    media, lengths = layout.media(), []
+    for medium, frame, vision in zip(media, layout.frame, layout.vision, strict=True):
+        places = torch.stack([medium, frame])[:, vision].unique_consecutive(dim=1)
+        counts = Counter(number for number, _ in dict.fromkeys(map(tuple, places.T.tolist())))
+        groups = itertools.groupby(counts.values(), lambda count: count > 1)
+        for several, some in [(several, list(group)) for several, group in groups]:
+            lengths += some if several else [sum(some)]
+    return lengths
 
 
 def mapped(output: Any, change: Any) -> Any:

@@ -81,7 +81,7 @@ class Run:
             self.shape = self.host.shape
             self._tower = NoTower()
             if self.vision:
-                self._tower = TowerHooks(adapter.vision_tower(model), self.vision, self.host.family)
+                self._tower = TowerHooks(adapter.vision_tower(model), self.vision, self.host)
             with _attaching:
                 self._attach()
 
@@ -201,8 +201,8 @@ class Run:
             self._local.asked = ids, kwargs
         elif outermost:
             self._local.asked = None  # Left by a call that failed before it came to the decoder.
-        if outermost and self.vision:
-            self._tower.expect(1 if ids is None else len(ids), kwargs)
+        if self.vision:
+            self._tower.expect(ids, kwargs, outermost)
         refuse_outputs(self.host.family, self.host.config, kwargs)
         if outermost:
             self.host.check_decoder(module)

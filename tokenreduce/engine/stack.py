@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 LOOPS = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
 """The functions of transformers' generate() that call a model."""
@@ -21,7 +22,11 @@ def _stack(frame: FrameType | None = None) -> Iterator[FrameType]:
 
 
 def _is_loop(frame: FrameType) -> bool:
-    return frame.f_code.co_name in LOOPS and frame.f_globals.get("__name__", "").startswith("transformers.")
+    return frame.f_code.co_name in LOOPS and _of_transformers(frame)
+
+
+def _of_transformers(frame: FrameType) -> bool:
+    return bool(frame.f_globals.get("__name__", "").startswith("transformers."))
 
 
 def _is_compiled(frame: FrameType) -> bool:
@@ -62,6 +67,18 @@ def working(thread: int, modules: Sequence[nn.Module]) -> bool:
 def in_generation() -> bool:
     """Whether generate() is calling: what follows a prompt it has prefilled is its own text."""
     return any(_is_loop(frame) for frame in _stack())
+
+
+def encoding() -> tuple[Tensor | None, dict[str, Any]] | None:
+    """The new token ids and the arguments of a generate() that is encoding its images and videos, before its first forward."""
+    for frame in _stack():
+        if frame.f_code.co_name == "_maybe_prepare_encoder_kwargs_for_generation" and _of_transformers(frame):
+            given, named = frame.f_locals["inputs_tensor"], frame.f_locals["model_input_name"]
+            kwargs: dict[str, Any] = {**frame.f_locals["model_kwargs"], named: given}
+            ids, cache = kwargs.pop("input_ids", None), kwargs.get("past_key_values")
+            past = 0 if cache is None or ids is None else int(cache.get_seq_length())
+            return (ids[:, past:] if ids is not None and past < ids.shape[1] else ids), kwargs
+    return None
 
 
 def in_chunked_prefill() -> bool:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from tokenreduce.adapter import VisionTower
 from tokenreduce.engine.asked import ask, check_reduction, lent, reduction_of, vision_sites_of
-from tokenreduce.engine.frames import Frames, mapped, read_frames, tensors
+from tokenreduce.engine.frames import Frames, mapped, pixels_of, read_frames, tensors, video_lengths
 from tokenreduce.engine.hooks import Hook, take_off
+from tokenreduce.engine.host import Host
 from tokenreduce.engine.layers import observe
+from tokenreduce.engine.stack import encoding
 from tokenreduce.errors import NotFiredError, PipelineError, PluginError, UnsupportedError
 from tokenreduce.reduction import Reduction
 from tokenreduce.trace import StageTrace
@@ -67,15 +69,16 @@ class NoTower:
         """What the stages did in this thread since the last prefill with vision tokens."""
         return []
 
-    def expect(self, rows: int, kwargs: Mapping[str, Any]) -> None:
-        """A call of the model begins, with these arguments."""
+    def expect(self, ids: Tensor | None, kwargs: Mapping[str, Any], outermost: bool) -> None:
+        """A call of the model, or of the one within it, begins with these token ids and arguments."""
 
 
 class TowerHooks(NoTower):
     """The vision stages of a pipeline on one tower."""
 
-    def __init__(self, tower: VisionTower | None, strategies: Sequence[VisionStrategy], family: str) -> None:
+    def __init__(self, tower: VisionTower | None, strategies: Sequence[VisionStrategy], host: Host) -> None:
         super().__init__()
+        self.host, family = host, host.family
         if tower is None:
             raise UnsupportedError(
                 f"{family}: its adapter describes no vision tower, so the stage {strategies[0].name} cannot act; leave out the "
@@ -127,7 +130,7 @@ class TowerHooks(NoTower):
     def take(self) -> list[StageTrace]:
         """What the stages did in this thread since the last prefill with vision tokens. NotFiredError: the tower did not run."""
         events: list[StageTrace] = getattr(self._local, "events", [])
-        self._local.events = []
+        self._local.events, self._local.call = [], None
         if not events:
             raise NotFiredError(
                 f"stage {self.strategies[0].name} never acted: the vision tower did not run before this prefill with vision "
@@ -135,12 +138,13 @@ class TowerHooks(NoTower):
             )
         return events
 
-    def expect(self, rows: int, kwargs: Mapping[str, Any]) -> None:
+    def expect(self, ids: Tensor | None, kwargs: Mapping[str, Any], outermost: bool) -> None:
         """See NoTower. What the tower did in this thread before, for a call that failed, is not this one's."""
-        pixels = [x for name, x in kwargs.items() if name.startswith("pixel_") and isinstance(x, Tensor)]
-        if pixels:
+        if pixels_of(kwargs):
             self._local.events = []
-        self._local.rows, self._local.videos = rows, [x.shape[:2] for x in pixels if x.dim() == 5]
+            self._local.call = ids, {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        elif outermost:
+            self._local.call = ids, {}
 
     # One call of the tower --------------------------------------------------------------------------------------------
 
@@ -166,17 +170,18 @@ class TowerHooks(NoTower):
         return None
 
     def _videos(self, strategy: VisionStrategy, group: Tensor) -> list[Tensor]:
-        """The videos of a batch that came to the tower as one: what becomes of a row must not depend on the others."""
-        rows, videos = getattr(self._local, "rows", 1), getattr(self._local, "videos", [])
-        if rows == 1 or strategy.lossless or self.tower.grid is not None:
+        """The frames that may stand for each other: what becomes of a row must not depend on the others in its batch."""
+        if strategy.lossless or self.tower.grid is not None:
             return [group]
-        frames = next((frames for count, frames in videos if count * frames == len(group)), None)
-        if frames is None:
+        # Under generate() the tower runs before the first forward; where neither calls it, its frames are all there is.
+        call = encoding() or getattr(self._local, "call", None)
+        lengths = [len(group)] if call is None else video_lengths(len(group), *call, self.host)
+        if lengths is None:
             raise UnsupportedError(
                 f"{self.family}: its vision tower is given the frames of all rows without saying whose they are, so "
                 f"{strategy.name} cannot act on a batch; set `threshold: 0`, or give the videos one by one"
             )
-        return list(group.split(frames))
+        return list(group.split(lengths))
 
     def _frame_decision(self, strategy: VisionStrategy, group: Tensor) -> Reduction:
         count, n, _ = group.shape
