@@ -218,6 +218,24 @@ def test_importance_flops_are_what_torch_counts(block: int, monkeypatch: pytest.
         assert counter.get_total_flops() == importance_flops(4, 8, 23, 40, queries)
 
 
+@given(
+    heads=st.integers(1, 40), n=st.integers(1, 5000), past=st.integers(0, 5000), share=st.floats(0, 1), width=st.integers(1, 9)
+)
+@SETTINGS
+def test_importance_flops_are_a_sum_over_blocks(heads: int, n: int, past: int, share: float, width: int) -> None:
+    m, queries = n + past, max(1, int(share * n))
+    block, pairs = attention_ops._block(heads, m, queries), 0
+    for first in range(n - queries, n, block):
+        last = min(first + block, n)
+        pairs += (last - first) * (past + last)
+    assert importance_flops(heads, width, n, m, queries) == 2 * heads * width * pairs
+
+
+def test_importance_flops_of_a_long_video_take_no_time() -> None:
+    n, block = 32 * 10**9, attention_ops.BLOCK_QUERIES
+    assert importance_flops(28, 128, n, n, n) == 28 * 128 * n * (n + block)
+
+
 def test_bf16_importance_of_many_queries_is_summed_in_float32() -> None:
     """A bf16 sum of 2048 shares would stop growing at 256 times its step."""
     q, k = torch.zeros(1, 2048, 4, dtype=torch.bfloat16), torch.zeros(1, 2048, 4, dtype=torch.bfloat16)

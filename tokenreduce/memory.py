@@ -118,6 +118,8 @@ def prefill_peak(
             softmax = stream + a * (width + 4 * heads) + (scores if dtype_bytes < 4 else 0)
             moment(layer, layer + 1, softmax, exact=scores)
         stream += a * width + (f * width if f < a else 0) + (a * heads if layer in read_later else 0)
+        # The norm before the FFN, with the layer's keys and values cached.
+        moment(layer, layer + 1, stream + scores, exact=f * width)
         moment(layer, layer + 1, stream + scores + f * (width + wide))
         before = f
     moment(shape.layers, shape.layers, before * width, exact=before * width)

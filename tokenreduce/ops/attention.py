@@ -89,11 +89,10 @@ def column_sums(q: Tensor, k: Tensor, scale: float, queries: int, lse: Tensor | 
 def importance_flops(heads: int, width: int, n: int, m: int, queries: int) -> int:
     """Multiply-adds × 2 that `importance` spends on scores without `lse` (the softmax is not counted)."""
     block = _block(heads, m, queries)
-    total = 0
-    for first in range(n - queries, n, block):
-        last = min(first + block, n)
-        total += 2 * heads * width * (last - first) * (m - n + last)
-    return total
+    whole, rest = divmod(queries, block)
+    # Block number i of the whole ones sees the keys before the first query and (i + 1) · block more; the last one sees all.
+    pairs = block * (whole * (m - queries) + block * whole * (whole + 1) // 2) + rest * m
+    return 2 * heads * width * pairs
 
 
 @functools.cache
