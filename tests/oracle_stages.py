@@ -308,7 +308,7 @@ class Plan:
         return max(kept[action], 1)
 
     def count(self, stage: Stage, site: Site, look: Look, action: str = "prune") -> int:
-        """How many reducible tokens stay, by the stage's `keep` or by the budget."""
+        """How many reducible tokens stay, by the stage's `keep` or by the budget; there, at a kv site, see `room`."""
         keep = stage.config.get("keep")
         if isinstance(keep, (list, tuple)):
             keep = keep[stage.sites.index(site)]
@@ -316,6 +316,8 @@ class Plan:
             count = max(math.floor(Fraction(repr(keep)) * self.vision), 1)
         else:
             count = self.room(stage, site, look, action)
+            if site[1] == "kv":
+                return count
         return min(count, len(look.reducible))
 
     # Choosing ---------------------------------------------------------------------------------------------------------

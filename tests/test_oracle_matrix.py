@@ -25,6 +25,7 @@ from matrix import (
     known,
     model,
     near,
+    prompt,
 )
 from torch import Tensor
 from transformers import DynamicCache
@@ -99,6 +100,17 @@ def test_prompt_that_ends_with_its_video(name: str) -> None:
     ours, own = greedy(expected)
     assert torch.equal(tokens, ours)
     near(states, own, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("share", [0.65, 0.8])
+def test_a_cache_that_may_hold_more_tokens_than_the_video_has(share: float) -> None:
+    """Its budget counts words too, of which this prompt has more than vision tokens."""
+    case, given, subject = Case("", "noncascaded_merge", share), prompt([30, range(9), 30]), model()
+    with torch.no_grad(), tr.reduce(subject, case.load(), layout=given.layout) as run:
+        logits = subject(**given.inputs).logits
+    expected = expect(case, given)
+    check_prefill(expected, logits, run.trace, TOLERANCE[torch.float64])
+    assert run.trace.relative_tokens[0] > share - 0.01
 
 
 # Eager attention only in float32: transformers' own makes NaN of padding in float64, where its mask overflows its softmax.
