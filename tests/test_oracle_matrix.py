@@ -113,6 +113,28 @@ def test_a_cache_that_may_hold_more_tokens_than_the_video_has(share: float) -> N
     assert run.trace.relative_tokens[0] > share - 0.01
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_a_window_that_hides_nothing_yet_changes_no_bit(name: str, attention: str) -> None:
+    """Nor is it forgotten: decoding slides out of it at once."""
+    subject, given = model(dtype=torch.float32, attention=attention), PROMPTS[name]()
+    longest = int(given.mask.sum(1).max())
+    case = Case("", {"stages": [{"strategy": "streaming_window", "sinks": 3, "window": longest - 3, "from": 1}]})
+    with torch.no_grad():
+        dense = subject(**given.inputs, position_ids=given.positions).logits
+    logits, trace = prefill(subject, case, name)
+    assert torch.equal(logits[given.mask.bool()], dense[given.mask.bool()])
+    assert trace.relative_flops == 1
+    narrower = {"stages": [case.pipeline["stages"][0] | {"window": longest - 4}]}
+    _, less = prefill(subject, Case("", narrower), name)
+    assert [int(layer.tokens.max()) for layer in less.layers[1:]] == [longest - 1] * (len(less.layers) - 1)
+    with tr.reduce(subject, case.load(), layout=given.layout):
+        tokens, states = generate(subject, given)
+    ours, own = greedy(expect(case, given, decoder(attention=attention)))
+    assert torch.equal(tokens, ours)
+    near(states, own, TOLERANCE[torch.float32])
+
+
 # Eager attention only in float32: transformers' own makes NaN of padding in float64, where its mask overflows its softmax.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},

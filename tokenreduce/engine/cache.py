@@ -50,7 +50,8 @@ class KvPlan:
     logical: tokens that transformers believes it appends. valid: (B, n) bool of the tokens that come. At `kv` sites also
     position: (B, n) long; reduction: to apply to keys and values, of tokens that stand for size (B, n) long originals;
     sinks and window: (B,) long, the span to hold; end: (B,) long, the position after the last token.
-    draft: last tokens that may yet be taken back, see Forward. repacked: these are not the tokens that transformers believes.
+    whole: whether it hides nothing yet. draft: last tokens that may yet be taken back, see Forward. repacked: these are not the
+    tokens that transformers believes.
     """
 
     logical: int
@@ -62,6 +63,7 @@ class KvPlan:
     size: Tensor | None = None
     sinks: int = 0
     window: Tensor | None = None
+    whole: bool = False
     repacked: bool = False
 
 
@@ -137,7 +139,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         if valid is not None:
             self.real = _joined(self.real, held, valid, {} if forward is None else forward.joined)
         keys, values = super().update(key_states, value_states)
-        self.seen = (self.position, self.valid if self.position is not None else None)
+        by_position = self.position is not None and not plan.whole
+        self.seen = (self.position, self.valid) if by_position else (None, None)
         if plan.window is not None:
             self.window, self.sinks = plan.window, plan.sinks
             self._forget(plan.draft)

@@ -69,10 +69,12 @@ def plan_kv(forward: Forward, layer: int, x: Tensor, plan: KvPlan) -> list[int |
         known = bool(forward.layers) and forward.layers[layer].position is not None
         plan.position = position if known or forward.index is not None else None
         return [None] * len(held)
+    plan.whole = weighting is None and _sees_all(forward, layer, windows, sinks)
     for sequence, kept, count in zip(forward.sequences, remain, held, strict=True):
-        n = len(sequence)
-        seen = kv_pairs(n, min(count or n, n), True) if weighting is None else _pairs_in_blocks(kept)
-        forward.pairs[layer, sequence.row] = seen
+        if not plan.whole:
+            n = len(sequence)
+            seen = kv_pairs(n, min(count or n, n), True) if weighting is None else _pairs_in_blocks(kept)
+            forward.pairs[layer, sequence.row] = seen
     plan.position = position
     if weighting is not None:
         plan.reduction, plan.size = Reduction(targets, weighting), size
@@ -86,6 +88,15 @@ def plan_kv(forward: Forward, layer: int, x: Tensor, plan: KvPlan) -> list[int |
     if not forward.layers:
         raise UnsupportedError("stages at `kv` sites need a KV cache; call with use_cache=True")
     return held
+
+
+def _sees_all(forward: Forward, layer: int, windows: list[int | None], sinks: int) -> bool:
+    """Whether the spans hide nothing yet, whose attention then is as it was, to the bit. Asks no tensor."""
+    held = forward.layers[layer] if forward.layers else None
+    if held is None or held.gone or forward.index is not None or (held.window is not None and None in windows):
+        return False
+    ends = [held.held + sequence.total + forward.draft for sequence in forward.sequences]
+    return all(window is None or sinks + window >= end for window, end in zip(windows, ends, strict=True))
 
 
 def _pairs_in_blocks(kept: Tensor) -> int:
