@@ -165,10 +165,38 @@ class Plan:
         later = [other for other in stage.sites if order(other) > order(site)]
         if not later:
             return True
-        if self.budget is None:
+        if self.budget is None or not stage.solved:
             return False
-        reading = self.reading(stage, alive) if self.unit == "flops" and stage.rule.attention else 0
-        return self.project(alive, {later[0]: self.fixed + 1}) + reading > self.limit
+        changes, readers = {later[0]: self.fixed + 1}, [(later[0], stage)]
+        for other in self.stages[: self.stages.index(stage)]:
+            for at in other.sites:
+                if other.done or other.once or not order(site) < order(at) <= order(later[0]):
+                    continue
+                readers.append((at, other))
+                keep = other.config.get("keep")
+                if at[1] != "kv" and (other.solved or keep is not None):
+                    share = keep[other.sites.index(at)] if isinstance(keep, (list, tuple)) else keep or 0
+                    count = self.fixed + max(math.floor(Fraction(repr(share)) * self.vision), 1)
+                    changes[at] = min(count, changes.get(at, count))
+        return self.project(alive, changes, readers) > self.limit
+
+    def readers(self, stage: Stage, site: Site) -> list[tuple[Site, Stage]]:
+        """Stages that look at attention after `stage` at `site`: what it leaves has to pay for them."""
+        if stage.config.get("threshold") is not None:
+            return []  # If it meets the budget, they do nothing.
+        found, place = [], self.stages.index(stage)
+        for number, other in enumerate(self.stages):
+            if other.done or not other.rule.attention or (other is stage and stage.once):
+                continue
+            sites = [at for at in other.sites if order(at) > order(site) or (at == site and number > place)]
+            if other.once:
+                before = [
+                    one.sites[-1] for one in self.stages[:number] if not one.done and not one.config.get("threshold")
+                ]
+                last = max(order(at) for at in [site, *before])
+                sites = [at for at in sites if order(at) > last][:1] or sites[-1:]
+            found += [(at, other) for at in sites]
+        return found
 
     def reading(self, stage: Stage, n: int) -> int:
         """FLOPs of the queries by keys that a stage looks at among `n` tokens."""
@@ -243,39 +271,46 @@ class Plan:
             return self.flops(attn, ffn, pairs) + self.selector
         return sum(kv) - (self.fixed * len(kv) if self.budget.get("of") == "vision" else 0)
 
-    def project(self, n: int, changes: dict[Site, int]) -> int:
-        """The cost if the row has `n` tokens now and goes on with those of `changes` from each site on."""
+    def project(self, n: int, changes: dict[Site, int], readers: list[tuple[Site, Stage]]) -> int:
+        """The cost if the row has `n` tokens now, goes on with those of `changes` from each site on, and `readers` read."""
         attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
         for layer in range(len(ffn), self.shape.layers):
-            n = changes.get((layer, "pre_attention"), n)
+            n = min(n, changes.get((layer, "pre_attention"), n))
             if layer == len(attn):
                 attn.append(n)
                 kv.append(n)
                 pairs.append(n * n)
-            n = changes.get((layer, "pre_ffn"), n)
+            n = min(n, changes.get((layer, "pre_ffn"), n))
             ffn.append(n)
-        return self.cost(attn, ffn, kv, pairs)
+        return self.cost(attn, ffn, kv, pairs) + self.read(attn, readers)
+
+    def read(self, attn: list[int], readers: list[tuple[Site, Stage]]) -> int:
+        """FLOPs that a budget pays for what `readers` look at, with these counts in the attention of the layers."""
+        if self.unit != "flops" or self.budget is None or self.budget["flops"] == 1:
+            return 0
+        looks = [(layer if kind == "pre_ffn" else layer - 1, stage) for (layer, kind), stage in readers]
+        return sum(self.reading(stage, attn[layer]) for layer, stage in looks if stage.rule.attention)
 
     def room(self, stage: Stage, site: Site, look: Look, action: str) -> int:
         """How many reducible tokens may stay; at a kv site, how many tokens the layer may hold."""
         assert self.budget is not None
         n, reducible = len(look.tokens), len(look.reducible)
         if site[1] == "kv":
-            return self._kv_room(stage, site, n)
+            return self._kv_room(stage, site, n, self.readers(stage, site))
         if self.budget.get("arithmetic") == "released":
             return self._released_room(reducible, action)
         later = [at for at in stage.sites if order(at) > order(site)] if stage.solved and not stage.once else []
-        best = 0
+        best, readers = 0, self.readers(stage, site)
         for keep in range(reducible + 1):
             changes, share = {site: self.fixed + keep}, Fraction(keep, reducible)
             for power, at in enumerate(later):
                 changes[at] = self.fixed + math.floor(keep * share ** (power + 1))
-            if self.project(n, changes) <= self.limit:
+            if self.project(n, changes, readers) <= self.limit:
                 best = keep
         assert best > 0, "the budget leaves nothing: choose another one for the test"
         return best
 
-    def _kv_room(self, stage: Stage, site: Site, n: int) -> int:
+    def _kv_room(self, stage: Stage, site: Site, n: int, readers: list[tuple[Site, Stage]]) -> int:
         span = stage.config["strategy"] == "streaming_window"
         layers = [at[0] for at in stage.sites]
         best = 0
@@ -285,7 +320,8 @@ class Plan:
                 kv.append(held if layer in layers else n)
                 pairs.append(self.pairs_of(n, held, span) if layer in layers else n * n)
             rest = [n] * (self.shape.layers - site[0])
-            if self.cost(self.attn + rest, self.ffn + rest, kv, pairs) <= self.limit:
+            attn = self.attn + rest
+            if self.cost(attn, self.ffn + rest, kv, pairs) + self.read(attn, readers) <= self.limit:
                 best = held
         return best
 

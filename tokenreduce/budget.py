@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -154,7 +154,9 @@ def _number(value: Any, unit: str) -> Fraction:
 
 
 Change = tuple[Site, int]
-"""From this site on, so many tokens."""
+"""From this site on, so many tokens at the most."""
+Reading = Callable[[Sequence[int]], int]
+"""FLOPs that are still to be spent on importance, where so many tokens enter the attention of each layer."""
 
 
 @dataclass
@@ -206,25 +208,25 @@ class Account:
             return prefill_flops(self.shape, attn, ffn, pairs=pairs) + (self.selector_flops if self.reads else 0)
         return sum(kv) - (self.fixed * len(kv) if self.budget.of == "vision" else 0)
 
-    def project(self, now: int, changes: Sequence[Change], reading: int = 0) -> int:
-        """Cost of the whole forward if the sequence, with `now` tokens, goes on through `changes`.
-
-        reading: FLOPs that are still to be spent on importance."""
+    def project(self, now: int, changes: Sequence[Change], reading: Reading | None = None) -> int:
+        """Cost of the whole forward if the sequence, with `now` tokens, goes on through `changes`."""
         attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
-        pending = {site.order: count for site, count in changes}
+        pending: dict[int, int] = {}
+        for site, most in changes:
+            pending[site.order] = min(most, pending.get(site.order, most))
         count = now
         for layer in range(min(len(attn), len(ffn)), self.shape.layers):
             for step, kind in enumerate(SITE_ORDER):
-                count = pending.get(3 * layer + step, count)
+                count = min(count, pending.get(3 * layer + step, count))
                 if kind == "kv" and layer >= len(attn):
                     attn.append(count)
                     kv.append(count)
                     pairs.append(None)
                 if kind == "pre_ffn" and layer >= len(ffn):
                     ffn.append(count)
-        return self.cost(attn, ffn, kv, pairs) + (reading if self.reads else 0)
+        return self.cost(attn, ffn, kv, pairs) + (reading(attn) if reading is not None and self.reads else 0)
 
-    def affordable(self, now: int, changes: Sequence[Change], reading: int = 0) -> bool:
+    def affordable(self, now: int, changes: Sequence[Change], reading: Reading | None = None) -> bool:
         """Whether that meets the budget."""
         return self.project(now, changes, reading) <= self.limit
 
@@ -233,7 +235,7 @@ class Account:
         """Whether the budget has to pay for importance; a share of 1 keeps everything all the same."""
         return self.budget is not None and self.budget.unit == "flops" and self.budget.amount != 1
 
-    def allowance(self, site: Site, reducible: int, later: Sequence[Site] = ()) -> int:
+    def allowance(self, site: Site, reducible: int, later: Sequence[Site] = (), reading: Reading | None = None) -> int:
         """The most reducible tokens that may stay from `site` on; −1 if not even none does.
 
         reducible: how many there are now. later: sites at which the same stage will act again; it is taken to keep the same
@@ -241,7 +243,7 @@ class Account:
         """
 
         def fits(keep: int) -> bool:
-            return self.affordable(self.fixed + reducible, list(self._falling(site, later, keep, reducible)))
+            return self.affordable(self.fixed + reducible, list(self._falling(site, later, keep, reducible)), reading)
 
         if not fits(0):
             return -1
@@ -257,14 +259,16 @@ class Account:
             # One token always stays: planning for none would leave the last site less than it must keep.
             yield at, self.fixed + max(int(keep * share**power), min(keep, 1))
 
-    def kv_allowance(self, layer: int, scheduled: Sequence[int], tokens: int, span: bool) -> int:
+    def kv_allowance(
+        self, layer: int, scheduled: Sequence[int], tokens: int, span: bool, reading: Reading | None = None
+    ) -> int:
         """The most tokens that the KV cache of `layer` and of each later layer in `scheduled` may hold; −1 if none.
 
-        tokens: tokens alive. span: whether queries see a moving span instead of merged keys, see `kv_pairs`.
+        tokens: tokens alive. span: whether queries see a moving span instead of all held keys, see `kv_pairs`.
         """
 
         def fits(held: int) -> bool:
-            return self.project_kv(layer, scheduled, tokens, held, span) <= self.limit
+            return self.project_kv(layer, scheduled, tokens, held, span, reading) <= self.limit
 
         if not fits(0):
             return -1
@@ -274,7 +278,9 @@ class Account:
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
-    def project_kv(self, layer: int, scheduled: Sequence[int], tokens: int, held: int, span: bool) -> int:
+    def project_kv(
+        self, layer: int, scheduled: Sequence[int], tokens: int, held: int, span: bool, reading: Reading | None = None
+    ) -> int:
         """Cost of the whole forward if the caches of `layer` and of the later ones in `scheduled` hold `held` tokens."""
         attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
         for at in range(layer, self.shape.layers):
@@ -283,7 +289,7 @@ class Account:
             ffn.append(tokens)
             kv.append(held if reduced else tokens)
             pairs.append(kv_pairs(tokens, held, span) if reduced else None)
-        return self.cost(attn, ffn, kv, pairs)
+        return self.cost(attn, ffn, kv, pairs) + (reading(attn) if reading is not None and self.reads else 0)
 
     def share(self, cost: int) -> float:
         """`cost` as a share of the dense prefill, rounded up to four places: what to ask for so that it fits."""
@@ -292,10 +298,10 @@ class Account:
         whole = self.cost(dense, dense, dense, [None] * len(dense)) - (self.selector_flops if self.reads else 0)
         return math.ceil(Fraction(10**4 * cost, max(whole, 1))) / 10**4
 
-    def refusal(self, least: int, reason: str = "") -> BudgetError:
+    def refusal(self, least: int, reason: str = "", met: str = "met") -> BudgetError:
         """The error for a budget that even `least`, the cost of the smallest allowed choice, exceeds.
 
-        reason: why, where it is not that the stages act too late."""
+        reason: why, where it is not that the stages act too late. met: what it cannot be; a merge may still find enough."""
         assert self.budget is not None
         if self.budget.relative:
             smallest = f"{min(self.share(least), 1):g}"
@@ -307,7 +313,7 @@ class Account:
             smallest = f"{least * 2 * self.shape.kv_heads * self.shape.head_dim * self.cache_bytes} bytes"
         why = reason or (f"{self.fixed} of {self.total} tokens always stay and the stages act too late to save more")
         return BudgetError(
-            f"budget {self.budget} cannot be met: {why}; the smallest feasible budget here is {smallest}"
+            f"budget {self.budget} cannot be {met}: {why}; the smallest feasible budget here is {smallest}"
         )
 
 

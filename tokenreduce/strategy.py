@@ -66,6 +66,7 @@ class Capabilities:
     sites: where it may act, its default first. attention: reads attention rows through `ctx.attention`.
     chooses_count: it can keep exactly as many tokens as a budget leaves. merges: it averages tokens, not only drops them.
     content_dependent: how many tokens it leaves depends on the video. waits: it acts once, after the stages before it.
+    spans: at `kv` sites it decides on attention spans instead of which tokens stay.
     """
 
     sites: tuple[SiteKind, ...] | tuple[VisionKind, ...]
@@ -74,6 +75,7 @@ class Capabilities:
     merges: bool = False
     content_dependent: bool = False
     waits: bool = False
+    spans: bool = False
 
 
 class AnyStageConfig(BaseModel):
@@ -226,11 +228,11 @@ class StageContext:
         return self.attention_source(queries, heads)
 
     def keep_top(self, scores: Tensor, count: int | None = None) -> Reduction:
-        """Keep every token that may not be touched and the `count` (default: `allowance`) others of highest score.
+        """Keep every token that may not be touched and the `count` (default: what the budget leaves) others of highest score.
 
         scores: (n,). Ties go to the earlier token; NaN ranks last.
         """
-        count = self.allowance() if count is None else count
+        count = reducible_allowance(self) if count is None else count
         if scores.shape != (self.n,):
             raise ValueError(f"keep_top needs one score per token, ({self.n},), got {tuple(scores.shape)}")
         if not isinstance(count, int) or count < 0:
@@ -283,6 +285,12 @@ class CountView:
         return self.allowance_source(action)
 
 
+def reducible_allowance(ctx: StageContext | CountView, action: Action = "prune") -> int:
+    """How many reducible tokens the allowance leaves: at `kv` sites it counts those that always stay, too."""
+    fixed = ctx.n - ctx.reducible_count if ctx.site.kind == "kv" else 0
+    return max(ctx.allowance(action) - fixed, 1)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Forecast of a Decision: reducible tokens that remain (at `kv` sites: tokens the cache holds), and its flags."""
@@ -320,7 +328,8 @@ class Strategy(ABC):
         """What `decide` will do to the counts, without any token: what `tokenreduce plan` and the budget check know.
 
         The default is for strategies that keep as many as they may: the stage's `keep`, else the budget's allowance."""
-        return Outcome(self.keep_count(view) if self.capabilities.chooses_count else view.reducible_count)
+        count = self.keep_count(view) if self.capabilities.chooses_count else view.reducible_count
+        return Outcome(count + (view.n - view.reducible_count if view.site.kind == "kv" else 0))
 
     def carry(self, depth: int) -> Carry | None:
         """What the stage remembers between the chunks of a stream (`tokenreduce.stream`).
@@ -349,7 +358,7 @@ class Strategy(ABC):
     def keep_count(self, ctx: StageContext | CountView, action: Action = "prune") -> int:
         """How many reducible tokens stay: by the stage's `keep`, else by the budget."""
         keep = self.share_at(ctx.site, ctx.depth)
-        count = ctx.allowance(action) if keep is None else max(int(keep * ctx.original_reducible), 1)
+        count = reducible_allowance(ctx, action) if keep is None else max(int(keep * ctx.original_reducible), 1)
         return min(count, ctx.reducible_count)
 
     def schedule(self, depth: int) -> list[Site]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tokenreduce.budget import Account, kv_pairs, released_removal
+from tokenreduce.budget import Account, Change, Reading, kv_pairs, released_removal
 from tokenreduce.engine.asked import flag, outcome_of, sites_of
 from tokenreduce.errors import BudgetError, PipelineError
 from tokenreduce.ops.attention import importance_flops
@@ -38,12 +38,16 @@ class StageRun:
         return [later for later in self.sites if later.order > site.order]
 
 
+Look = tuple[Site, StageRun]
+
+
 class Conductor:
     """Asks the stages of a pipeline in turn, for one sequence in one forward.
 
     A stage with its own layers is asked at each of them. A stage that waits (`at: next`) is asked once, when all stages
-    before it are done: at the next of its sites, or at this one if the last of them ended without acting on it. It is not
-    left to wait beyond the last site at which the budget can still be met: then the stages before it are cut short.
+    before it are done: at the next of its sites, or at this one if the last of them ended without acting on it. If the
+    budget gives it its count, it is not left to wait beyond the last site at which the budget can still be met, what the
+    stages before it are sure to leave out included: then those are cut short.
     """
 
     def __init__(self, strategies: Sequence[Strategy], account: Account) -> None:
@@ -72,24 +76,52 @@ class Conductor:
         if not later:
             return True
         account = self.account
-        if account.budget is None:
+        if account.budget is None or not run.strategy.needs_budget():
             return False
-        return not account.affordable(tokens, [(later[0], account.fixed + 1)], self._reading(run, later[0], tokens))
+        # Stages with layers of their own will be asked there; of another that waits nobody knows when.
+        sure = [other for other in self.runs[: self.runs.index(run)] if not (other.done or other.strategy.once)]
+        looks = [(at, other) for other in sure for at in other.after(site) if at.order <= later[0].order]
+        looks.append((later[0], run))
+        return not account.affordable(tokens, list(self._leaving(looks)), self._reading(looks, tokens))
 
-    def _reading(self, run: StageRun, site: Site, tokens: int) -> int:
-        """FLOPs that the stage will spend on importance at `site`, if it is asked with so many tokens."""
-        account, spent = self.account, 0
-        if not (account.reads and run.strategy.capabilities.attention):
-            return 0
+    def _leaving(self, looks: Sequence[Look]) -> Iterator[Change]:
+        """How many tokens stay after each of `looks`, where it is not the video that tells: the least if a budget does."""
+        for site, run in looks:
+            if site.kind != "kv" and run.strategy.capabilities.chooses_count:
+                share = run.strategy.share_at(site, self.depth)
+                if share is not None or run.strategy.needs_budget():
+                    yield site, self.account.fixed + max(int((share or 0) * self.account.reducible), 1)
 
-        def reading(queries: Queries) -> None:
-            nonlocal spent
-            spent += reading_flops(account, tokens, queries)
-
+    def _reading(self, looks: Sequence[Look], tokens: int) -> Reading | None:
+        """What `looks` will spend on importance, if a budget pays for it. tokens: alive now."""
+        account = self.account
+        if not account.reads:
+            return None
+        read: list[tuple[int, Queries]] = []
         reducible = tokens - account.fixed
-        view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), _one, reading=reading)
-        outcome_of(run.strategy, view)
-        return spent
+        for site, run in looks:
+            if run.strategy.capabilities.attention:
+                layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
+                view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), _one)
+                view.reading = lambda queries, layer=layer: read.append((layer, queries))  # type: ignore[misc]
+                outcome_of(run.strategy, view)
+        return lambda attn: sum(reading_flops(account, attn[layer], queries) for layer, queries in read)
+
+    def _to_come(self, run: StageRun, site: Site) -> list[Look]:
+        """Looks at attention after that of `run` at `site`, which what it leaves there must still pay for."""
+        if not (run.strategy.fixed_count or run.strategy.needs_budget()):
+            return []  # A merge by threshold asks for its allowance to meet the budget; then the others are skipped.
+        place = self.runs.index(run)
+        looks: list[Look] = []
+        for number, other in enumerate(self.runs):
+            if other.done or not other.strategy.capabilities.attention or (other is run and run.strategy.once):
+                continue
+            sites = [at for at in other.sites if at.order > site.order or (at == site and number > place)]
+            if other.strategy.once:
+                ends = [one.sites[-1].order for one in self.runs[:number] if not one.done and one.strategy.fixed_count]
+                sites = [at for at in sites if at.order > max([site.order, *ends])][:1] or sites[-1:]
+            looks += [(at, other) for at in sites]
+        return looks
 
     def record(
         self, run: StageRun, site: Site, finished: bool, budget_met: bool, consumed: bool, note: str = ""
@@ -114,9 +146,10 @@ class Conductor:
             raise BudgetError(
                 f"{run.strategy.name} solves its count from a budget: give `budget`, or the stage's `keep`"
             )
+        reading = self._reading(self._to_come(run, site), tokens)
         if site.kind == "kv":
-            span = not run.strategy.capabilities.merges
-            held = account.kv_allowance(site.layer, [at.layer for at in run.sites], tokens, span)
+            span = run.strategy.capabilities.spans
+            held = account.kv_allowance(site.layer, [at.layer for at in run.sites], tokens, span, reading)
             least = 1 if span else account.fixed + 1
             if held < least:
                 raise self.refusal(run, site, tokens, least)
@@ -124,9 +157,8 @@ class Conductor:
         if account.budget.arithmetic == "released":
             return self._released(reducible, action)
         # A stage that solves every count is taken to keep the same share each time; merging by threshold to find no more.
-        solves_all = flag(run.strategy, "needs_budget") and not flag(run.strategy, "once")
-        later = run.after(site) if solves_all else []
-        keep = account.allowance(site, reducible, later)
+        later = run.after(site) if run.strategy.needs_budget() and not run.strategy.once else []
+        keep = account.allowance(site, reducible, later, reading)
         if keep < 1:
             raise self.refusal(run, site, tokens, 1)
         return keep
@@ -136,11 +168,12 @@ class Conductor:
         account = self.account
         if account.budget is None:
             return BudgetError(reason)
+        reading = self._reading(self._to_come(run, site), tokens)
         if site.kind == "kv":
-            span = not run.strategy.capabilities.merges
-            cost = account.project_kv(site.layer, [at.layer for at in run.sites], tokens, least, span)
+            span = run.strategy.capabilities.spans
+            cost = account.project_kv(site.layer, [at.layer for at in run.sites], tokens, least, span, reading)
         else:
-            cost = account.project(tokens, [(site, account.fixed + least)])
+            cost = account.project(tokens, [(site, account.fixed + least)], reading)
         return account.refusal(cost, reason)
 
     def _released(self, reducible: int, action: Action) -> int:
@@ -196,7 +229,7 @@ def forecast(
                 )
                 outcome = outcome_of(run.strategy, view)
                 if kind == "kv":
-                    held, span = min(outcome.count, tokens), not run.strategy.capabilities.merges
+                    held, span = min(outcome.count, tokens), run.strategy.capabilities.spans
                 else:
                     reducible = outcome.count
                 conductor.record(run, site, outcome.finished, outcome.budget_met, outcome.consumed)
@@ -268,7 +301,8 @@ def check(strategies: Sequence[Strategy], account: Account) -> None:
     forecast(strategies, probe, least=True)
     least = probe.cost(probe.attn, probe.ffn, probe.kv, probe.pairs)
     if least > probe.limit:
-        raise probe.refusal(least)
+        sure = all(strategy.fixed_count for strategy in strategies)
+        raise probe.refusal(least, met="met" if sure else "promised")
 
 
 def read_later(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:

@@ -76,7 +76,7 @@ class SimilarityMerge(Strategy):
         previous = previous_in_slot(ctx.slot, ctx.medium, ctx.reducible)
         similarity = cosine_to(ctx.hidden, previous)
         if config.threshold is None:
-            return merge_most_similar(ctx, previous, similarity, self._vision_left(ctx), config.weighting)
+            return merge_most_similar(ctx, previous, similarity, self.keep_count(ctx, "merge"), config.weighting)
         similar = similarity >= config.threshold
         if config.max_run is not None:
             similar = within_span(ctx.frame, previous, similar, config.max_run)
@@ -95,18 +95,11 @@ class SimilarityMerge(Strategy):
             return Decision(finished=True, consumed=False, note=note)
         return Decision(ctx.merge(merge_runs(previous, similar), config.weighting), finished=below, note=note)
 
-    def _vision_left(self, ctx: StageContext | CountView) -> int:
-        """Vision tokens that are to stay. At `kv` sites the allowance counts text too."""
-        if ctx.site.kind != "kv" or self.config.keep is not None:
-            return self.keep_count(ctx, "merge")
-        fixed = ctx.n - ctx.reducible_count
-        return min(max(ctx.allowance("merge") - fixed, 1), ctx.reducible_count)
-
     def forecast(self, view: CountView) -> Outcome:
         """As `decide`, taking `view.similar` of the tokens for similar at the first look and none at later ones."""
         config = self.config
         if config.threshold is None:
-            kept = self._vision_left(view)
+            kept = self.keep_count(view, "merge")
             return Outcome(kept if view.site.kind != "kv" else view.n - view.reducible_count + kept)
         count = 0 if view.state.setdefault("looked", False) else int(view.similar * view.reducible_count)
         if config.max_run is not None and view.frames > 1:

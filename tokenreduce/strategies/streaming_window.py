@@ -21,7 +21,7 @@ class StreamingWindow(Strategy):
     """
 
     name = "streaming_window"
-    capabilities = Capabilities(sites=("kv",), chooses_count=True)
+    capabilities = Capabilities(sites=("kv",), chooses_count=True, spans=True)
 
     class Config(StageConfig):
         """Fields of a streaming_window stage."""
