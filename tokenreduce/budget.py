@@ -199,7 +199,7 @@ class Account:
             return amount * layers * (self.reducible if self.budget.of == "vision" else self.total)
         if self.budget.unit == "tokens":
             return amount * layers
-        return amount / (2 * self.shape.kv_heads * self.shape.head_dim * self.cache_bytes)
+        return amount / (self.shape.cached * self.cache_bytes)
 
     def cost(self, attn: Sequence[int], ffn: Sequence[int], kv: Sequence[int], pairs: Sequence[int | None]) -> int:
         """What token counts for all layers would come to, in the coin of `limit`."""
@@ -310,7 +310,7 @@ class Account:
         elif self.budget.unit == "flops":
             smallest = f"{least} FLOPs"
         else:
-            smallest = f"{least * 2 * self.shape.kv_heads * self.shape.head_dim * self.cache_bytes} bytes"
+            smallest = f"{least * self.shape.cached * self.cache_bytes} bytes"
         why = reason or (f"{self.fixed} of {self.total} tokens always stay and the stages act too late to save more")
         return BudgetError(
             f"budget {self.budget} cannot be {met}: {why}; the smallest feasible budget here is {smallest}"

@@ -37,9 +37,11 @@ UNGATED = ("apertus", "arcee", "gpt_neox", "nemotron", "persimmon", "phi", "star
 UNLIKE = (
     *("first_k_dense_replace", "interleave_moe_layer_step", "mlp_only_layers"),
     *("moe_num_shared_experts", "n_shared_experts", "shared_expert_intermediate_size", "shared_intermediate_size"),
-    *("kv_lora_rank", "mamba_d_state", "num_kv_shared_layers"),
+    "kv_lora_rank",
 )
-"""Fields that mean, where set: experts in some layers only, shared experts, another kind of attention or cache."""
+"""Fields that mean, where set: experts in some layers only, shared experts, another width of keys and values."""
+OTHER = ("mamba_d_state", "num_kv_shared_layers")
+"""Fields that mean another kind of layer or cache."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class DecoderShape:
     gated: bool = True
     router: int = 0
 
+    @property
+    def cached(self) -> int:
+        """Elements of the keys and values of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -89,6 +96,17 @@ class DecoderShape:
         where the layers are not alike (shared experts, latent or linear attention), naming which.
         """
         return _shape(_facts(config))
+
+    @classmethod
+    def likely(cls, config: Any) -> tuple[list[DecoderShape], str]:
+        """As `from_config`, where a model is there to be measured: the shapes that it may have, and what `from_config` misses.
+
+        A token budget needs no more of them than how many layers there are."""
+        facts = _facts(config)
+        try:
+            return [_shape(facts)], ""
+        except UnsupportedError as error:
+            return [_shape(facts, gated) for gated in (True, False)], str(error)
 
 
 def attention_pairs(tokens: int, kv_tokens: int | None = None, form: Form = "exact") -> int:
@@ -184,7 +202,7 @@ def similarity_flops(shape: DecoderShape, tokens: int) -> int:
 
 def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], dtype_bytes: int) -> int:
     """Bytes of keys and values, where layer l holds `tokens_per_layer[l]` tokens of `dtype_bytes` bytes per element."""
-    return 2 * shape.kv_heads * shape.head_dim * sum(tokens_per_layer) * dtype_bytes
+    return shape.cached * sum(tokens_per_layer) * dtype_bytes
 
 
 def _known(form: str) -> None:
@@ -192,18 +210,24 @@ def _known(form: str) -> None:
         raise BudgetError(f"unknown form of FLOPs '{form}'{nearest(form, FORMS)}")
 
 
-def _shape(facts: Mapping[str, Any]) -> DecoderShape:
-    """The shape in a decoder's own config fields."""
+def _shape(facts: Mapping[str, Any], gated: bool | None = None) -> DecoderShape:
+    """The shape in a decoder's own config fields. gated: whether its FFN is; then it is a guess at layers that are unlike."""
     family = str(facts.get("model_type") or "decoder")
-    unlike = [f"{field}={facts[field]!r}" for field in UNLIKE if facts.get(field)]
+    strict = gated is None
+    unlike = [f"{field}={facts[field]!r}" for field in (*(UNLIKE if strict else ()), *OTHER) if facts.get(field)]
     unlike += sorted(set(facts.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"})
-    if unlike or facts.get("decoder_sparse_step", 1) != 1:
-        what = ", ".join(unlike) or f"decoder_sparse_step={facts['decoder_sparse_step']}"
-        raise UnsupportedError(f"{family}: its config has {what}; only decoders of like layers, plain attention, count")
+    if strict and not unlike and facts.get("decoder_sparse_step", 1) != 1:
+        unlike = [f"decoder_sparse_step={facts['decoder_sparse_step']}"]
+    if unlike:
+        raise UnsupportedError(
+            f"{family}: its config has {', '.join(unlike)}; only decoders of like layers, plain attention, count"
+        )
     values: dict[str, Any] = {ours: facts.get(theirs) for ours, theirs in REQUIRED.items()}
     for ours, value in values.items():
         if not isinstance(value, int):
-            raise UnsupportedError(f"{family}: its config has {REQUIRED[ours]}={value!r}, where one number belongs")
+            if strict or ours != "ffn":
+                raise UnsupportedError(f"{family}: its config has {REQUIRED[ours]}={value!r}, where one number belongs")
+            values[ours] = 1
     visited = facts.get("num_experts_per_tok") or 0
     router = facts.get("num_local_experts") or facts.get("num_experts") or 0
     if visited and router:
@@ -212,7 +236,7 @@ def _shape(facts: Mapping[str, Any]) -> DecoderShape:
         **values,
         kv_heads=facts.get("num_key_value_heads") or values["heads"],
         head_dim=facts.get("head_dim") or values["hidden"] // values["heads"],
-        gated=_gated(family, facts),
+        gated=_gated(family, facts) if gated is None else gated,
     )
 
 

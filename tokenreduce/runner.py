@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenreduce.cost import DecoderShape, prefill_flops
 from tokenreduce.engine.attach import Run, attach
-from tokenreduce.errors import PipelineError
+from tokenreduce.errors import PipelineError, UnsupportedError
 from tokenreduce.pipeline import Pipeline
 from tokenreduce.trace import Trace
 
@@ -158,6 +158,8 @@ def _note(model: Any, arm: Arm, run: Run | None, out: Any, width: int) -> None:
         raise PipelineError(f"pipeline {arm.name} has no stages; the dense arm runs anyway")
     arm.trace = run.trace
     arm.tokens = [int(layer.tokens[0]) for layer in run.trace.layers]
+    if run.trace.flops is None:
+        raise UnsupportedError(f"pipeline {arm.name}: {run.trace.uncounted}")
     arm.flops = run.trace.flops
     arm.source = run.trace.source[0].cpu()
     seen = getattr(layers[-1], "position", None)

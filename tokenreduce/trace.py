@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -36,13 +36,13 @@ class LayerTrace:
     """One layer of the prefill.
 
     tokens: (B,) long, tokens that its KV cache holds after the prefill (what its attention saw; earlier turns not counted).
-    ffn_tokens: (B,) long, tokens that went through its FFN. flops: of the batch without padding. kv_bytes: of `tokens`.
+    ffn_tokens: (B,) long, tokens that went through its FFN. flops: of the batch, unpadded; see Trace. kv_bytes: of `tokens`.
     """
 
     layer: int
     tokens: Tensor
     ffn_tokens: Tensor
-    flops: int
+    flops: int | None
     kv_bytes: int
 
 
@@ -53,7 +53,7 @@ class Trace:
     kept: B LongTensors, the input columns alive after the last layer. source: (B, N) long, the column each token ended in,
     −1 if it was dropped or is padding. tokens: (B,) long, tokens per row of the input. head_tokens: positions the LM head
     computed, per row. selector_flops: spent on importance. All FLOPs are what torch's FlopCounterMode counts on eager
-    attention: 2 per multiply-add, full squares.
+    attention: 2 per multiply-add, full squares; None where the decoder costs other than its config says: see `uncounted`.
     """
 
     pipeline: str
@@ -63,24 +63,34 @@ class Trace:
     source: Tensor
     layers: list[LayerTrace]
     stages: list[StageTrace]
-    dense_flops: int
-    selector_flops: int
+    dense_flops: int | None
+    selector_flops: int | None
     head_flops_per_token: int
     head_tokens: int = 0
     skipped: list[str] = field(default_factory=list)
+    uncounted: str = ""
+
+    def uncount(self, reason: str) -> Trace:
+        """The same without FLOPs."""
+        layers = [replace(layer, flops=None) for layer in self.layers]
+        return replace(self, layers=layers, dense_flops=None, selector_flops=None, uncounted=reason)
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> int | None:
         """FLOPs of the decoder's prefill, importance and LM head included."""
-        return sum(layer.flops for layer in self.layers) + self.selector_flops + self._head
+        if self.selector_flops is None:
+            return None
+        return sum(layer.flops or 0 for layer in self.layers) + self.selector_flops + self._head
 
     @property
     def _head(self) -> int:
         return self.head_flops_per_token * self.head_tokens * len(self.kept)
 
     @property
-    def relative_flops(self) -> float:
+    def relative_flops(self) -> float | None:
         """`flops` over those of the dense prefill with the same LM head."""
+        if self.flops is None or self.dense_flops is None:
+            return None
         return self.flops / (self.dense_flops + self._head)
 
     @property
@@ -104,6 +114,7 @@ class Trace:
             "flops": self.flops,
             "relative_flops": self.relative_flops,
             "selector_flops": self.selector_flops,
+            "uncounted": self.uncounted,
             "kv_bytes": self.kv_bytes,
             "layers": [
                 {
@@ -122,10 +133,12 @@ class Trace:
         }
 
     def __str__(self) -> str:
+        share = self.relative_flops
+        flops = "FLOPs not known" if share is None else f"{share:.4f} of the FLOPs ({self.flops:.4g})"
         rows = [
             f"pipeline {self.pipeline}, budget {self.budget}: "
             f"{', '.join(f'{share:.4f}' for share in self.relative_tokens)} of the tokens, "
-            f"{self.relative_flops:.4f} of the FLOPs ({self.flops:.4g}), KV cache {self.kv_bytes / 2**20:.2f} MiB"
+            f"{flops}, KV cache {self.kv_bytes / 2**20:.2f} MiB"
         ]
         for stage in self.stages:
             where = "tower" if stage.row < 0 else f"row {stage.row}"
@@ -134,6 +147,8 @@ class Trace:
                 f" {stage.merged} merged, {stage.dropped} dropped{'  (' + stage.note + ')' if stage.note else ''}"
             )
         rows += [f"  {line}" for line in self.skipped]
+        if self.uncounted:
+            rows.append(f"  no FLOPs: {self.uncounted}")
         last: list[int] | None = None
         for layer in self.layers:
             tokens = layer.tokens.tolist()

@@ -22,7 +22,7 @@ from tokenreduce.compare.tasks import Item
 from tokenreduce.cost import DecoderShape, layer_flops, prefill_flops
 from tokenreduce.engine.attach import attach
 from tokenreduce.engine.run import Run
-from tokenreduce.errors import MediaError, TokenReduceError
+from tokenreduce.errors import MediaError, TokenReduceError, UnsupportedError
 from tokenreduce.models import load_model, prepare
 from tokenreduce.pipeline import Pipeline
 from tokenreduce.testbed.embedded import EMBEDDED, MAX_FRAMES, load_embedded
@@ -192,6 +192,8 @@ class Bench:
                 "source": torch.arange(width),
             }
         trace = run.trace
+        if trace.flops is None:
+            raise UnsupportedError(trace.uncounted)
         source = trace.source[0].cpu()
         seen = getattr(layers[-1], "position", None)
         if (

@@ -18,6 +18,7 @@ operators.py the operators that act for the engine in a graph
 traced.py    the hooks inside the layers of a compiled model
 host.py      the model: its facts, the hooks around its decoder, its configuration
 probe.py     proves on the real layers what an adapter says about them
+meter.py     what the layers really cost, against what the configuration says
 vision.py    stages in the vision tower
 frames.py    frames taken out before a tower and put back behind it
 call.py      one call of the decoder: its layout, its sequences

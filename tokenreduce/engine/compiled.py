@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenreduce.engine import operators
 from tokenreduce.engine.cache import KvPlan, TokenLayer
-from tokenreduce.engine.forward import Forward, gather_table
+from tokenreduce.engine.forward import Forward, gather_tables
 from tokenreduce.engine.layers import tell
 from tokenreduce.engine.reading import REFUSED_ATTENTION, Reading
 from tokenreduce.engine.schedule import attend
@@ -82,7 +82,7 @@ class CompiledForward(Forward):
     def rotate(self, embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As Forward.rotate, but for each layer anew: in a graph it cannot be seen whether two tuples are one."""
         index = self.index
-        return embeddings if index is None else tuple(gather_table(table, index) for table in embeddings)
+        return embeddings if index is None else gather_tables(embeddings, index)
 
     def attention_layer(self, module: nn.Module) -> int | None:
         """Not asked for: a layer is known by its step, or by its cache."""

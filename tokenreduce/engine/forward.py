@@ -175,7 +175,7 @@ class Forward(Activity):
             return embeddings
         if self.rotary is not embeddings or self.gathered is None:
             self.rotary = embeddings
-            self.gathered = tuple(gather_table(table, self.index) for table in embeddings)
+            self.gathered = gather_tables(embeddings, self.index)
         return self.gathered
 
     def positions(self, places: Tensor) -> Tensor | None:
@@ -281,6 +281,11 @@ class Forward(Activity):
 def _plain(kwargs: Mapping[str, Any]) -> bool:
     """Whether attention is nothing but causal."""
     return kwargs.get("position_bias") is None and kwargs.get("is_causal") is not False
+
+
+def gather_tables(tables: Any, index: Tensor) -> Any:
+    """Rows `index` of the rotary tables: cosine and sine, or one of complex numbers."""
+    return gather_table(tables, index) if isinstance(tables, Tensor) else tuple(gather_table(t, index) for t in tables)
 
 
 def gather_table(table: Tensor, index: Tensor) -> Tensor:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from tokenreduce import cost
 from tokenreduce.adapter import FfnPair, ModelAdapter
+from tokenreduce.budget import Budget
 from tokenreduce.engine import tap
 from tokenreduce.engine.checks import refuse_model
 from tokenreduce.engine.hooks import Hook, take_off
+from tokenreduce.engine.meter import Measured
 from tokenreduce.engine.parallel import head_group
 from tokenreduce.engine.probe import prove
 from tokenreduce.errors import AttachError, UnsupportedError
+from tokenreduce.trace import Trace
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -26,7 +30,8 @@ def uncompiled(module: nn.Module) -> nn.Module:
 class Host:
     """A model and its decoder. Holds both weakly, so that a run does not keep its model alive.
 
-    decoder: weak reference to the decoder. family: for messages. config, layers: of the decoder. shape: for costs. modules: id
+    decoder: weak reference to the decoder. family: for messages. config, layers: of the decoder. shape: for costs; `unlike` says
+    why its FLOPs are not to be believed. cached: elements of each layer's cache per token, None where not measured. modules: id
     of each attention module, and its layer. attention: the module of each layer. group: see `head_group`. implementation: of the
     attention, below the tap. has_head: whether logits are made.
     """
@@ -38,7 +43,9 @@ class Host:
         self.config: Any = text.config
         self.layers = [uncompiled(layer) for layer in text.layers[: self.config.num_hidden_layers]]
         refuse_model(self.family, self.config)
-        self.shape = cost.DecoderShape.from_config(self.config)
+        self._shapes, self.unlike = cost.DecoderShape.likely(self.config)
+        self.shape = self._shapes[0]
+        self.cached: list[int] | None = None
         self.cache_bytes = next(text.parameters()).element_size()
         attention = {
             module: number
@@ -121,13 +128,47 @@ class Host:
                 _hosts.add(self)
                 # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
                 self.config._attn_implementation_internal = self._tapped
-            prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules)
+            self._learn(
+                prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules), run.budget
+            )
             self._hook(run)
             for module in self.attention.values():
                 module.__dict__[tap.ATTACHED] = True
         except BaseException:
             self.give_back()
             raise
+
+    def _learn(self, measured: Measured, budget: Budget | None) -> None:
+        """Believe what was measured. UnsupportedError for a budget in a unit that `shape` gets wrong."""
+        if self.group is not None:
+            if self.unlike:  # One rank does not see the whole.
+                raise UnsupportedError(self.unlike)
+            return
+        self.cached = measured.cached
+        if getattr(self.config, "quantization_config", None) is None:  # Its kernels are in nobody's registry.
+            reasons = [measured.unlike(shape) for shape in self._shapes]
+            best = reasons.index("") if "" in reasons else 0
+            self.shape, self.unlike = self._shapes[best], reasons[best]
+        wrong, unit, held = "", budget.unit if budget is not None else "tokens", set(self.cached)
+        if unit == "flops":
+            wrong = self.unlike
+        elif unit == "kv_cache" and held != {self.shape.cached} and (len(held) > 1 or not budget.relative):  # type: ignore[union-attr]
+            counts = " or ".join(f"{count:,}" for count in sorted(held))
+            wrong = (
+                f"its config says {self.shape.cached:,} cached numbers per token in a layer, its layers hold {counts}"
+            )
+        if wrong:
+            raise UnsupportedError(
+                f"{self.family}: {wrong}; a budget in {unit} cannot be solved for it, one in tokens can"
+            )
+
+    def told(self, trace: Trace) -> Trace:
+        """The receipt as far as it is true of this model: bytes of the cache as measured, FLOPs only if they are known."""
+        if self.cached is not None:
+            for number, layer in enumerate(trace.layers):
+                held = int(layer.tokens.sum()) * self.cached[layer.layer] * self.cache_bytes
+                trace.layers[number] = replace(layer, kv_bytes=held)
+        return trace.uncount(self.unlike) if self.unlike else trace
 
     def give_back(self) -> None:
         """Take the hooks off and restore the configuration."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache import Activity, running
+from tokenreduce.engine.meter import Measured, Meter
 from tokenreduce.errors import UnsupportedError
 
 TOKENS = 3
@@ -19,8 +21,8 @@ TOKENS = 3
 class _Spy(Activity):
     """Stands in for a Forward during the probe and notes which layers' attention comes by."""
 
-    def __init__(self, modules: Mapping[int, int]) -> None:
-        self.modules, self.seen = modules, set[int]()
+    def __init__(self, modules: Mapping[int, int], meter: Meter) -> None:
+        self.modules, self.meter, self.seen = modules, meter, set[int]()
 
     def attention_layer(self, module: nn.Module) -> int | None:
         return self.modules.get(id(module))
@@ -37,10 +39,13 @@ class _Spy(Activity):
         kwargs: Any,
     ) -> Any:
         self.seen.add(layer)
-        return base(module, query, key, value, mask, **kwargs)
+        before = self.meter.flops
+        out = base(module, query, key, value, mask, **kwargs)
+        self.meter.attention(layer, query, value, before)
+        return out
 
 
-_proved: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+_proved: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Measured]] = weakref.WeakKeyDictionary()
 
 
 def prove(
@@ -50,15 +55,16 @@ def prove(
     layers: Sequence[nn.Module],
     pairs: Mapping[int, FfnPair],
     modules: Mapping[int, int],
-) -> None:
+) -> Measured:
     """`probe`, but only once for a decoder, as long as its modules, their forwards and their hooks are the same.
 
     The probe reads all weights, as a decode step does; a pipeline attached for every request should not pay for it.
     """
     facts = (implementation, tuple(pairs), tuple(map(_likeness, text.modules())))
-    if facts not in _proved.setdefault(text, set()):
-        probe(text, family, layers, pairs, modules)
-        _proved[text].add(facts)
+    proved = _proved.setdefault(text, {})
+    if facts not in proved:
+        proved[facts] = probe(text, family, layers, pairs, modules)
+    return proved[facts]
 
 
 def _likeness(module: nn.Module) -> tuple[Any, ...]:
@@ -72,11 +78,13 @@ def probe(
     layers: Sequence[nn.Module],
     pairs: Mapping[int, FfnPair | None],
     modules: Mapping[int, int],
-) -> None:
+) -> Measured:
     """Run three random tokens through the decoder and refuse the model by name unless
 
     - every layer's attention goes through transformers' attention interface, and
     - in every layer of `pairs`, the output is x + y bit for bit, x being what the pair's entry read and y what its exit gave.
+
+    Returns what they cost.
     """
     for number, pair in pairs.items():
         if pair is None:
@@ -97,14 +105,16 @@ def probe(
         handles.append(
             layers[number].register_forward_hook(lambda m, a, o, note=note: note.__setitem__("out", _state(o).clone()))
         )
-    spy = _Spy(modules)
+    meter, cache = Meter(), DynamicCache(config=text.config)  # type: ignore[arg-type]
+    spy = _Spy(modules, meter)
+    handles += meter.watch(layers)
     modes = [(module, module.training) for module in text.modules()]
     before = running.forward
     try:
         text.eval()
         running.forward = spy
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            text(inputs_embeds=_noise(text), use_cache=False)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), meter:
+            text(inputs_embeds=_noise(text), past_key_values=cache, use_cache=True)
     finally:
         running.forward = before
         for handle in handles:
@@ -123,6 +133,7 @@ def probe(
                 f"{family}: layer {number} is not x + FFN(x) with the pair its adapter names, so stages at site pre_ffn would be "
                 "silently wrong; state the right pair in the adapter's ffn_pair(), or use stages at pre_attention"
             )
+    return meter.measured(TOKENS, cache)
 
 
 def _state(output: Any) -> Tensor:

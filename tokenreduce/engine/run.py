@@ -166,6 +166,7 @@ class Run:
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._ongoing = Ongoing(host, pairs, self._tower.lock)
         host.take(self, pairs)
+        self.shape = host.shape  # As it was measured.
         self._tower.install()
         attached[host.text] = self
         self.attached = True
@@ -341,7 +342,7 @@ class Run:
             cost.head_flops(self.shape, 1) if self.host.has_head else 0,
         )
         check_spent(self.pipeline.name, self.budget, forward.sequences)
-        self._local.trace = self._last = trace
+        self._local.trace = self._last = self.host.told(trace)
         self._local.await_head = True
 
     def note_head(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -292,9 +292,10 @@ class Stream(Run):
         check_ran(self.host.family, self.shape.layers, forward.sequences)
         self._ledger.after(self._cached, piece.place + piece.start)
         if self._finished and self._ledger.vision:
-            self._local.trace = self._last = self._ledger.receipt(
+            trace = self._ledger.receipt(
                 self.pipeline.name, self.strategies, self._merging, self._carry, self.host.cache_bytes,
                 cost.head_flops(self.shape, 1) if self.host.has_head else 0,
             )  # fmt: skip
+            self._local.trace = self._last = self.host.told(trace)
             self._local.await_head = True
         return None
