@@ -219,7 +219,11 @@ def test_importance_flops_are_what_torch_counts(block: int, monkeypatch: pytest.
 
 
 @given(
-    heads=st.integers(1, 40), n=st.integers(1, 5000), past=st.integers(0, 5000), share=st.floats(0, 1), width=st.integers(1, 9)
+    heads=st.integers(1, 40),
+    n=st.integers(1, 5000),
+    past=st.integers(0, 5000),
+    share=st.floats(0, 1),
+    width=st.integers(1, 9),
 )
 @SETTINGS
 def test_importance_flops_are_a_sum_over_blocks(heads: int, n: int, past: int, share: float, width: int) -> None:

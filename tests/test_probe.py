@@ -159,3 +159,30 @@ def test_a_decoder_is_probed_once_as_long_as_it_stays_the_same() -> None:
     with pytest.raises(UnsupportedError, match="not x"):
         tr.attach(model, "framefusion", budget=SHARE, layout=layout())
     handle.remove()
+
+
+def test_a_rotary_table_that_has_grown_is_left_so() -> None:
+    """Dynamic NTK: three tokens would make it that of a short input again, and the next logits others."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = decoder("llama", max_position_embeddings=16, rope_parameters=rope)
+    ids = torch.randint(2, 60, (1, 64))
+    with torch.no_grad():
+        model(ids)
+        grown, before = model.model.rotary_emb.inv_freq.clone(), snapshot(model)
+        tr.attach(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout()).detach()
+    assert torch.equal(model.model.rotary_emb.inv_freq, grown)
+    assert model.model.rotary_emb.max_seq_len_cached == 64
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize(("kind", "named"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_attention_that_importance_is_not_defined_for(kind: str, named: str) -> None:
+    """Refused when it is attached, where a stage reads it: within a forward, the caller's cache would be half filled."""
+    model = decoder(kind, layer_types=["full_attention"] * TEXT["num_hidden_layers"])
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match=f"importance is not defined for attention with {named}"):
+        tr.attach(model, "fastv", budget=0.8, layout=layout())
+    assert_same(model, before)
+    with tr.reduce(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout()) as run:
+        logits(model)
+        assert len(run.trace.kept[0]) < layout().shape[1]

@@ -571,7 +571,9 @@ def test_images_of_a_row_are_its_frames_where_a_family_has_no_videos() -> None:
 def test_frames_of_a_batch_that_nobody_can_tell_apart(way: str) -> None:
     """An image in several tiles: they are not frames of the layout."""
     model = FAMILIES["internvl"].model()
-    inputs = dict(FAMILIES["internvl"].sample([[Text(4), Image((48, 24)), Text(3)], [Text(2), Video(4), Text(5)]]).inputs)
+    inputs = dict(
+        FAMILIES["internvl"].sample([[Text(4), Image((48, 24)), Text(3)], [Text(2), Video(4), Text(5)]]).inputs
+    )
     assert len(inputs["pixel_values"]) > 5
     told = pytest.raises(UnsupportedError, match="set `threshold: 0`, or give the videos one by one")
     with torch.no_grad(), tr.reduce(model, {"stages": [LIKE]}), told:

@@ -17,7 +17,7 @@ from tokenreduce.engine import operators
 from tokenreduce.engine.cache import KvPlan, TokenLayer
 from tokenreduce.engine.forward import Forward, gather_tables
 from tokenreduce.engine.layers import tell
-from tokenreduce.engine.reading import REFUSED_ATTENTION, Reading
+from tokenreduce.engine.reading import UNREADABLE, Reading
 from tokenreduce.engine.schedule import attend
 from tokenreduce.engine.steps import MOMENTS, chain
 from tokenreduce.engine.tap import Attention, RowSums, attention_below, causal_mask
@@ -116,7 +116,7 @@ class CompiledForward(Forward):
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         if reads or self.opaque:
-            refused = [name for name in REFUSED_ATTENTION if kwargs.get(name) is not None]
+            refused = [name for name in UNREADABLE if kwargs.get(name) is not None]
             if refused:
                 raise UnsupportedError(
                     f"stages are not supported in a compiled model whose attention has {', '.join(refused)}"

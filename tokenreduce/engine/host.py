@@ -128,9 +128,14 @@ class Host:
                 _hosts.add(self)
                 # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
                 self.config._attn_implementation_internal = self._tapped
-            self._learn(
-                prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules), run.budget
-            )
+            measured = prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules)
+            reading = [strategy.name for strategy in run.strategies if strategy.capabilities.attention]
+            if reading and measured.beside:
+                raise UnsupportedError(
+                    f"{self.family}: {reading[0]} reads attention, and importance is not defined for attention with "
+                    f"{', '.join(measured.beside)}"
+                )
+            self._learn(measured, run.budget)
             self._hook(run)
             for module in self.attention.values():
                 module.__dict__[tap.ATTACHED] = True

@@ -19,12 +19,13 @@ TOLERANCE = 0.01
 @dataclass
 class Measured:
     """Per layer: FLOPs of `tokens` tokens without the two products of attention, FLOPs of those per (query, key) pair, and
-    elements that the cache holds per token."""
+    elements that the cache holds per token. beside: what attention has, in any of them, beside a softmax of products."""
 
     tokens: int
     flops: list[int]
     pair: list[int]
     cached: list[int]
+    beside: list[str]
 
     def unlike(self, shape: cost.DecoderShape) -> str:
         """What a layer costs other than in `shape`, empty if nothing."""
@@ -85,10 +86,10 @@ class Meter(TorchDispatchMode):
         self.flops = before
         self.pair[layer] += 2 * query.shape[1] * (query.shape[-1] + value.shape[-1])
 
-    def measured(self, tokens: int, cache: Any) -> Measured:
+    def measured(self, tokens: int, cache: Any, beside: list[str]) -> Measured:
         """What was found. cache: that `tokens` tokens were put into."""
         cached = [0] * len(self.layers)
         for number, layer in enumerate(cache.layers[: len(cached)]):
             for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
                 cached[number] += held.shape[1] * held.shape[-1] if isinstance(held, Tensor) and held.dim() == 4 else 0
-        return Measured(tokens, self.layers, self.pair, cached)
+        return Measured(tokens, self.layers, self.pair, cached, beside)

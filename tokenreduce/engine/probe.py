@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache import Activity, running
 from tokenreduce.engine.meter import Measured, Meter
+from tokenreduce.engine.reading import UNREADABLE
 from tokenreduce.errors import UnsupportedError
 
 TOKENS = 3
@@ -22,7 +23,7 @@ class _Spy(Activity):
     """Stands in for a Forward during the probe and notes which layers' attention comes by."""
 
     def __init__(self, modules: Mapping[int, int], meter: Meter) -> None:
-        self.modules, self.meter, self.seen = modules, meter, set[int]()
+        self.modules, self.meter, self.seen, self.beside = modules, meter, set[int](), set[str]()
 
     def attention_layer(self, module: nn.Module) -> int | None:
         return self.modules.get(id(module))
@@ -39,6 +40,7 @@ class _Spy(Activity):
         kwargs: Any,
     ) -> Any:
         self.seen.add(layer)
+        self.beside |= {name for name in UNREADABLE if kwargs.get(name) is not None}
         before = self.meter.flops
         out = base(module, query, key, value, mask, **kwargs)
         self.meter.attention(layer, query, value, before)
@@ -109,6 +111,7 @@ def probe(
     spy = _Spy(modules, meter)
     handles += meter.watch(layers)
     modes = [(module, module.training) for module in text.modules()]
+    tables = [(m, dict(m._buffers), _counts(m)) for m in text.modules() if m._non_persistent_buffers_set]
     before = running.forward
     try:
         text.eval()
@@ -121,6 +124,13 @@ def probe(
             handle.remove()
         for module, mode in modes:
             module.training = mode
+        for (
+            module,
+            buffers,
+            counts,
+        ) in tables:  # Rotary tables that grow with the input (dynamic NTK) begin anew with a short one.
+            module._buffers.update(buffers)
+            vars(module).update(counts)
     missing = sorted(set(range(len(layers))) - spy.seen)
     if missing:
         raise UnsupportedError(
@@ -133,7 +143,12 @@ def probe(
                 f"{family}: layer {number} is not x + FFN(x) with the pair its adapter names, so stages at site pre_ffn would be "
                 "silently wrong; state the right pair in the adapter's ffn_pair(), or use stages at pre_attention"
             )
-    return meter.measured(TOKENS, cache)
+    return meter.measured(TOKENS, cache, sorted(spy.beside))
+
+
+def _counts(module: nn.Module) -> dict[str, Any]:
+    """What a module has noted of the inputs that it has seen."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, Tensor))}
 
 
 def _state(output: Any) -> Tensor:

@@ -21,7 +21,7 @@ from tokenreduce.strategy import Heads, Queries, Site, SiteKind
 if TYPE_CHECKING:
     from tokenreduce.engine.forward import Forward
 
-REFUSED_ATTENTION = ("softcap", "s_aux", "position_bias")
+UNREADABLE = ("softcap", "s_aux", "position_bias")
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Reading:
     @classmethod
     def of(cls, layer: int, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> Reading:
         """UnsupportedError where attention is not a softmax of scaled products alone."""
-        refused = [name for name in REFUSED_ATTENTION if kwargs.get(name) is not None]
+        refused = [name for name in UNREADABLE if kwargs.get(name) is not None]
         if refused:
             raise UnsupportedError(f"importance is not defined here for attention with {', '.join(refused)}")
         scale = kwargs.get("scaling")
