@@ -36,7 +36,7 @@ from tokenreduce.engine.stack import calls_of, in_compiled_call, working
 from tokenreduce.engine.step import Step, any_reduced, continued
 from tokenreduce.engine.vision import NoTower, TowerHooks
 from tokenreduce.engine.waiting import any_other, wait_until
-from tokenreduce.errors import AttachError, PipelineError, UnsupportedError
+from tokenreduce.errors import AttachError, BudgetError, PipelineError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
 from tokenreduce.trace import Trace
@@ -182,9 +182,19 @@ class Run:
         if self._layout is not None:
             for row in self._reducible(self._layout):
                 if bool(row.any()):
-                    # What lies before the vision tokens may be padding; each call is checked again with its mask.
-                    padding = int(row.int().argmax())
-                    check(self.strategies, self._account(len(row) - padding, int(row.sum())))
+                    self._check_row(row)
+
+    def _check_row(self, row: Tensor) -> None:
+        """Refuse a budget that the row (N,), reducible tokens of the layout, cannot meet, however much of it is padding."""
+        count = int(row.sum())
+        try:
+            check(self.strategies, self._account(len(row), count))
+        except BudgetError as refused:
+            padding = int(row.int().argmax())  # Each call is checked again, with its mask.
+            try:
+                check(self.strategies, self._account(len(row) - padding, count))
+            except BudgetError:
+                raise refused from None
 
     def _account(self, total: int, reducible: int) -> Account:
         return Account(self.budget, self.shape, total, reducible, self.host.cache_bytes)
