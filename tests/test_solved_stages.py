@@ -195,7 +195,7 @@ class Evict(Strategy):
 class Plugin:
     @hookimpl
     def tokenreduce_strategies(self) -> list[type[Strategy]]:
-        return [Evict]
+        return [Evict, OddKeep]
 
 
 @pytest.fixture
@@ -234,3 +234,26 @@ def test_a_forecast_at_the_cache_counts_the_text() -> None:
     stage = Evict(Evict.Config(keep=0.5))
     view = CountView(stage.schedule(4)[0], 4, 50, 40, 40, {}, None)
     assert stage.forecast(view) == Outcome(10 + 20)
+
+
+class OddKeep(Evict):
+    """Its `keep` is no share, and its counts are its own."""
+
+    name = "odd_keep"
+    capabilities = Capabilities(sites=("pre_attention",), chooses_count=True)
+
+    class Config(StageConfig):
+        strategy: Literal["odd_keep"] = "odd_keep"
+        keep: str = "half"
+
+    def keep_count(self, ctx: StageContext | CountView, action: Any = "prune") -> int:
+        return ctx.reducible_count // 2
+
+    def decide(self, ctx: StageContext) -> tr.Reduction:
+        return ctx.keep_top(ctx.random(0), self.keep_count(ctx))
+
+
+@pytest.mark.usefixtures("evict")
+def test_a_plugin_may_mean_something_else_by_keep() -> None:
+    trace = prefill([{"strategy": "odd_keep", "at": 1}, PRUNE], 0.6)
+    assert trace.relative_tokens[0] <= 0.6

@@ -28,6 +28,21 @@ class StageRun:
     free_from: int = 0
     state: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def once(self) -> bool:
+        """See Strategy."""
+        return flag(self.strategy, "once")
+
+    @property
+    def fixed(self) -> bool:
+        """See Strategy.fixed_count."""
+        return flag(self.strategy, "fixed_count")
+
+    @property
+    def solved(self) -> bool:
+        """See Strategy.needs_budget."""
+        return flag(self.strategy, "needs_budget")
+
     def end(self, note: str = "") -> None:
         """The stage will not be asked again."""
         self.done = True
@@ -63,7 +78,7 @@ class Conductor:
             if run.done or site not in run.sites:
                 continue
             before = self.runs[:place]
-            if flag(run.strategy, "once") and (site.order < run.free_from or not all(other.done for other in before)):
+            if run.once and (site.order < run.free_from or not all(other.done for other in before)):
                 if not self._must_act(run, site, tokens()):
                     continue
                 for other in before:
@@ -76,10 +91,10 @@ class Conductor:
         if not later:
             return True
         account = self.account
-        if account.budget is None or not run.strategy.needs_budget():
+        if account.budget is None or not run.solved:
             return False
         # Stages with layers of their own will be asked there; of another that waits nobody knows when.
-        sure = [other for other in self.runs[: self.runs.index(run)] if not (other.done or other.strategy.once)]
+        sure = [other for other in self.runs[: self.runs.index(run)] if not (other.done or other.once)]
         looks = [(at, other) for other in sure for at in other.after(site) if at.order <= later[0].order]
         looks.append((later[0], run))
         return not account.affordable(tokens, list(self._leaving(looks)), self._reading(looks, tokens))
@@ -88,8 +103,11 @@ class Conductor:
         """How many tokens stay after each of `looks`, where it is not the video that tells: the least if a budget does."""
         for site, run in looks:
             if site.kind != "kv" and run.strategy.capabilities.chooses_count:
-                share = run.strategy.share_at(site, self.depth)
-                if share is not None or run.strategy.needs_budget():
+                try:
+                    share = run.strategy.share_at(site, self.depth)
+                except (TypeError, ValueError):
+                    continue  # A plugin's `keep` may be something else than a share.
+                if share is not None or run.solved:
                     yield site, self.account.fixed + max(int((share or 0) * self.account.reducible), 1)
 
     def _reading(self, looks: Sequence[Look], tokens: int) -> Reading | None:
@@ -109,16 +127,16 @@ class Conductor:
 
     def _to_come(self, run: StageRun, site: Site) -> list[Look]:
         """Looks at attention after that of `run` at `site`, which what it leaves there must still pay for."""
-        if not (run.strategy.fixed_count or run.strategy.needs_budget()):
+        if not (run.fixed or run.solved):
             return []  # A merge by threshold asks for its allowance to meet the budget; then the others are skipped.
         place = self.runs.index(run)
         looks: list[Look] = []
         for number, other in enumerate(self.runs):
-            if other.done or not other.strategy.capabilities.attention or (other is run and run.strategy.once):
+            if other.done or not other.strategy.capabilities.attention or (other is run and other.once):
                 continue
             sites = [at for at in other.sites if at.order > site.order or (at == site and number > place)]
-            if other.strategy.once:
-                ends = [one.sites[-1].order for one in self.runs[:number] if not one.done and one.strategy.fixed_count]
+            if other.once:
+                ends = [one.sites[-1].order for one in self.runs[:number] if not one.done and one.fixed]
                 sites = [at for at in sites if at.order > max([site.order, *ends])][:1] or sites[-1:]
             looks += [(at, other) for at in sites]
         return looks
@@ -131,7 +149,7 @@ class Conductor:
         self.asked.append((site, run))
         run.note = note or run.note
         place = self.runs.index(run)
-        if finished or flag(run.strategy, "once") or not run.after(site):
+        if finished or run.once or not run.after(site):
             run.end()
             for later in self.runs[place + 1 :]:
                 later.free_from = site.order + 1 if consumed else site.order
@@ -157,7 +175,7 @@ class Conductor:
         if account.budget.arithmetic == "released":
             return self._released(reducible, action)
         # A stage that solves every count is taken to keep the same share each time; merging by threshold to find no more.
-        later = run.after(site) if run.strategy.needs_budget() and not run.strategy.once else []
+        later = run.after(site) if run.solved and not run.once else []
         keep = account.allowance(site, reducible, later, reading)
         if keep < 1:
             raise self.refusal(run, site, tokens, 1)
@@ -301,7 +319,7 @@ def check(strategies: Sequence[Strategy], account: Account) -> None:
     forecast(strategies, probe, least=True)
     least = probe.cost(probe.attn, probe.ffn, probe.kv, probe.pairs)
     if least > probe.limit:
-        sure = all(strategy.fixed_count for strategy in strategies)
+        sure = all(flag(strategy, "fixed_count") for strategy in strategies)
         raise probe.refusal(least, met="met" if sure else "promised")
 
 
