@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from tokenreduce.budget import SPAN_BLOCK
 from tokenreduce.cost import DecoderShape, kv_bytes
 from tokenreduce.errors import BudgetError, TokenReduceError
 
@@ -82,6 +83,7 @@ def prefill_peak(
     weights: int = 0,
     held: int = 0,
     read_later: Collection[int] = (),
+    spans: Collection[int] = (),
     head_tokens: int = 1,
     eager: bool = False,
 ) -> Peak:
@@ -92,6 +94,7 @@ def prefill_peak(
         dtype_bytes: of one element, weights, cache and activations alike. weights: their bytes.
         held: elements that live from beginning to end beside the embeddings: vision features (0 for a bare decoder).
         read_later: layers whose queries a stage reads before the next layer's attention. head_tokens: positions with logits.
+        spans: layers whose queries see a moving span of keys; another layer that holds fewer than enter merges them.
         eager: attention with N × N scores: the softmax makes a second copy in float32, one lives until the layer ends.
     """
     width, heads, groups = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -114,6 +117,17 @@ def prefill_peak(
         # Rotary embedding: the norm's output, queries, keys, values, and the products that become the queries, then the keys.
         rotary = max(4 * heads + 2 * groups, 2 * heads + 5 * groups)
         moment(layer, layer, stream + a * (width + rotary))
+        if layer in spans and kv[layer] < a:
+            # A block of queries: the keys and values it sees; then distances (int64, three bools) or a mask and all heads' keys.
+            seen = min(kv[layer] + SPAN_BLOCK, a)
+            making = SPAN_BLOCK * 11 // dtype_bytes
+            using = SPAN_BLOCK * (dtype_bytes + 1) // dtype_bytes + (2 * heads if heads != groups else 0)
+            block = seen * (2 * groups + max(making, using))
+            moment(layer, layer + 1, stream + a * (width + 2 * heads + 2 * groups) + block)
+        elif kv[layer] < a:
+            # Keys and values side by side, those that stay, and three copies of those averaged into them, in float32.
+            update = stream + a * (width + heads + 4 * groups) + 2 * kv[layer] * groups
+            moment(layer, layer, update, exact=3 * (a - kv[layer]) * groups)
         if eager:
             softmax = stream + a * (width + 4 * heads) + (scores if dtype_bytes < 4 else 0)
             moment(layer, layer + 1, softmax, exact=scores)

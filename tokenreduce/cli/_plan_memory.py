@@ -21,11 +21,12 @@ GIB = 2**30
 class Plan:
     """A pipeline as the search sees it. account: its token counts for so many frames; BudgetError where it cannot be met.
 
-    read_later: see `prefill_peak`. relative: whether the budget grows with the video, if there is one.
+    read_later, spans: see `prefill_peak`. relative: whether the budget grows with the video, if there is one.
     """
 
     account: Callable[[int], Account]
     read_later: Collection[int] = ()
+    spans: Collection[int] = ()
     relative: bool = True
 
 
@@ -45,7 +46,7 @@ def peak_of(arch: Architecture, plan: Plan, frames: int, weights: int) -> Peak:
     account = plan.account(frames)
     return prefill_peak(
         arch.shape, account.total, account.attn, account.ffn, account.kv, arch.dtype_bytes,
-        weights=weights, held=arch.held(frames), read_later=plan.read_later,
+        weights=weights, held=arch.held(frames), read_later=plan.read_later, spans=plan.spans,
     )  # fmt: skip
 
 

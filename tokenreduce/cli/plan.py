@@ -92,17 +92,18 @@ def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, simila
 
 def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar: float, json: bool) -> None:
     from tokenreduce.cli._plan_memory import Plan, dense, show
-    from tokenreduce.engine.schedule import read_later
+    from tokenreduce.engine.schedule import read_later, spans
     from tokenreduce.memory import parse_bytes
     from tokenreduce.pipeline import build
 
     available, arch = parse_bytes(memory), arch.counted()
     plans = {"dense": dense(arch)}
     for one in pipelines:
-        later = read_later(build(one), arch.shape.layers)
+        stages = build(one)
         plans[one.name] = Plan(
             lambda frames, one=one: _forecast(one, arch, frames, similar),  # type: ignore[misc]
-            later,
+            read_later(stages, arch.shape.layers),
+            spans(stages, arch.shape.layers),
             one.budget is None or one.budget.relative,
         )
     show(arch, plans, available, similar, json)

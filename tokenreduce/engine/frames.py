@@ -174,8 +174,8 @@ def _by_layout(layout: TokenLayout) -> list[int]:
     for medium, frame, vision in zip(media, layout.frame, layout.vision, strict=True):
         places = torch.stack([medium, frame])[:, vision].unique_consecutive(dim=1)
         counts = Counter(number for number, _ in dict.fromkeys(map(tuple, places.T.tolist())))
-        groups = itertools.groupby(counts.values(), lambda count: count > 1)
-        for several, some in [(several, list(group)) for several, group in groups]:
+        for several, group in itertools.groupby(counts.values(), lambda count: count > 1):
+            some = list(group)
             lengths += some if several else [sum(some)]
     return lengths
 

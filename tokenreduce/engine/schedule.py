@@ -329,3 +329,13 @@ def read_later(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
     return frozenset(
         site.layer - 1 for strategy in readers for site in sites_of(strategy, depth) if site.kind == "pre_attention"
     )
+
+
+def spans(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
+    """Layers where a stage lets queries see a moving span of the keys."""
+    return frozenset(
+        site.layer
+        for strategy in strategies
+        for site in strategy.schedule(depth)
+        if site.kind == "kv" and not strategy.capabilities.merges
+    )

@@ -175,10 +175,8 @@ class TowerHooks(NoTower):
             return [group]
         # Under generate() the tower runs before the first forward; where neither calls it, its frames are all there is.
         call = encoding() or getattr(self._local, "call", None)
-        lengths: list[int] | None = [len(group)]
-        if call is not None:
-            ids, kwargs = call
-            lengths = video_lengths(len(group), ids, kwargs, self.host)
+        ids, kwargs = call or (None, {})
+        lengths = video_lengths(len(group), ids, kwargs, self.host)
         if lengths is None:
             raise UnsupportedError(
                 f"{self.family}: its vision tower is given the frames of all rows without saying whose they are, so "
