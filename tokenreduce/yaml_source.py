@@ -108,7 +108,11 @@ def parse_yaml(text: str, name: str) -> Source:
     """Parse one YAML document, called `name` in errors. Raises PipelineError."""
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
+        try:
+            node = loader.get_single_node()
+        except (ValueError, OverflowError):  # PyYAML's own chr() and int(): it stands before the digits.
+            problem = "the number written here is too large (the last character is \\U0010FFFF)"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=loader.get_mark()) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise PipelineError(f"{name}:{line}: U+{ord(text[error.position]):04X} is not allowed in YAML") from None
