@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,12 +28,41 @@ from tokenreduce.errors import (
 )
 
 
+class Evicting(DynamicCache):
+    """Holds the last tokens only."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().update(*args, **kwargs)
+        layer = self.layers[args[2]]
+        layer.keys, layer.values = layer.keys[:, :, -10:], layer.values[:, :, -10:]
+        return out
+
+
+class Counting(DynamicCache):
+    """Says that it has seen fewer tokens."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def patched(config: Any) -> DynamicCache:
+    cache = DynamicCache(config=config)
+    cache.update = partial(Evicting.update, cache)
+    return cache
+
+
 @pytest.mark.parametrize(
     ("cache", "match"),
     [
         (lambda config: StaticCache(config, max_cache_len=64), "StaticCache is not supported: .* needs a DynamicCache"),
         (lambda config: DynamicCache(config=config, offloading=True), "an offloaded KV cache is not supported"),
         (lambda config: QuantizedCache("fp8", config), "QuantizedCache is not supported"),
+        (lambda config: Evicting(config=config), "Evicting with a method `update` of its own is not supported"),
+        (lambda config: patched(config), "DynamicCache with a method `update` of its own is not supported"),
+        (lambda config: Counting(config=config), "Counting with a method `get_seq_length` of its own is not supported"),
+        (lambda config: ((torch.zeros(1, 2, 3, 8),) * 2,) * 4, "tuple is not supported: .* needs a DynamicCache"),
+        (lambda config: (), "tuple is not supported"),
+        (lambda config: 5, "int is not supported"),
     ],
 )
 def test_caches(cache: Callable[[Any], Any], match: str) -> None:
@@ -121,3 +151,27 @@ def test_a_cache_of_which_only_the_shorter_rows_were_reduced() -> None:
         torch.testing.assert_close(step[1:], forward(model, ids=ids[1:, :1], past_key_values=alone), atol=1e-5, rtol=0)
     with pytest.raises(UnsupportedError, match="this KV cache was reduced by tokenreduce"):
         forward(model, ids=ids[:, :1], past_key_values=cache)
+
+
+def test_a_reduced_cache_of_a_detached_model_within_the_forward_of_another() -> None:
+    model, other, cache = tiny_model(), tiny_model(seed=1), DynamicCache()
+    ids, outs = prompt()[:, :1], []
+
+    def go_on(*_: Any) -> None:
+        outs.append(forward(model, ids=ids, past_key_values=cache))
+
+    with tr.reduce(model, "random", budget=0.6, layout=layout()):
+        forward(model, past_key_values=cache)
+        expected = forward(model, ids=ids, past_key_values=copy.deepcopy(cache))
+    length = cache.get_seq_length()
+    with tr.reduce(other, "random", budget=0.6, layout=layout()):
+        handle = other.model.layers[1].register_forward_hook(go_on)
+        with pytest.raises(
+            UnsupportedError, match="this KV cache was reduced by tokenreduce, and no pipeline is attached"
+        ):
+            forward(other)
+        assert cache.get_seq_length() == length
+        with tr.reduce(model, "random", budget=0.6, layout=layout()):  # With a pipeline of its own it goes on.
+            forward(other)
+        handle.remove()
+    assert torch.equal(outs[0], expected)

@@ -7,6 +7,7 @@ forward.py   one forward of one attachment: batches, rotary positions, masks, de
 kv.py        stages at `kv` sites
 receipt.py   the trace of a forward that has ended
 cache.py     KV cache layers that hold their own tokens and report logical lengths
+adopted.py   a user's own cache: refused, adopted, restored
 reading.py   how much attention each token received
 tap.py       the way into attention: masks, row sums, spans
 parallel.py  attention heads that are spread over several processes

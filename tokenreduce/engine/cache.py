@@ -7,12 +7,13 @@ positions too early and be silently wrong; so lengths are logical here, and the 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.reduction import Reduction
@@ -21,13 +22,18 @@ from tokenreduce.reduction import Reduction
 class Activity:
     """What may run in a thread.
 
-    idle: whether cache and attention have nothing to ask of it. outer: what it runs within, a forward of another model.
-    over: whether it has ended, or was broken off.
+    layers: of the KV cache it goes on with. idle: whether cache and attention have nothing to ask of it. outer: what it runs
+    within, a forward of another model. over: whether it has ended, or was broken off.
     """
 
+    layers: Sequence[TokenLayer] = ()
     idle = False
     outer: Activity | None = None
     over = False
+
+    def holds(self, layer: TokenLayer) -> bool:
+        """Whether it goes on with this very layer."""
+        return layer.number < len(self.layers) and self.layers[layer.number] is layer
 
 
 class Running(threading.local):
@@ -49,7 +55,7 @@ class KvPlan:
 
     logical: tokens that transformers believes it appends. valid: (B, n) bool of the tokens that come. At `kv` sites also
     position: (B, n) long; reduction: to apply to keys and values, of tokens that stand for size (B, n) long originals;
-    sinks and window: (B,) long, the span to hold; end: (B,) long, the position after the last token.
+    span: (B, 2) long, sinks and window to hold; end: (B,) long, the position after the last token.
     whole: whether it hides nothing yet. draft: last tokens that may yet be taken back, see Forward. repacked: these are not the
     tokens that transformers believes.
     """
@@ -61,8 +67,7 @@ class KvPlan:
     draft: int = 0
     reduction: Reduction | None = None
     size: Tensor | None = None
-    sinks: int = 0
-    window: Tensor | None = None
+    span: Tensor | None = None
     whole: bool = False
     repacked: bool = False
 
@@ -73,8 +78,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     number: of the decoder layer. gone: how many fewer it holds than transformers believes. reduced: whether it holds others
     than transformers believes. real: (B, at most held) bool, False on padding, None if none is; what it does not reach is none,
     so that decoding need not touch it. position: (B, held) long, place of each token in its sequence, kept only where a span or
-    a merge at a `kv` site needs it, and with it end: (B,) long, the place of the next token; window: (B,) long and sinks, the
-    span that later queries see. plan: what the engine says about the next update.
+    a merge at a `kv` site needs it, and with it end: (B,) long, the place of the next token; span: (B, 2) long, the
+    sinks and the window that later queries see. plan: what the engine says about the next update. shed, broken: see `Before`.
     """
 
     keys: Tensor
@@ -86,10 +91,10 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self.real: Tensor | None = None
         self.position: Tensor | None = None
         self.end: Tensor | None = None
-        self.window: Tensor | None = None
-        self.sinks = 0
+        self.span: Tensor | None = None
         self.plan: KvPlan | None = None
         self.seen: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.shed = self.broken = False
 
     @property
     def held(self) -> int:
@@ -109,13 +114,9 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; `plan` may say which of the new tokens are valid and what to hold of them."""
         forward = running.forward
-        if forward is None:
-            if self.reduced:
-                raise UnsupportedError(
-                    "this KV cache was reduced by tokenreduce, and no pipeline is attached: attach it again to go on with the "
-                    "cache"
-                )
-        elif not forward.idle and forward.defers(self):
+        if self.reduced:
+            self._refuse(forward)
+        if forward is not None and not forward.idle and forward.defers(self):
             return key_states, value_states
         if self.plan is None and self.position is None and self.is_initialized:
             # A step of decoding. One after the other: the memory of the old keys, free and warm, may take the new values.
@@ -141,12 +142,29 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = super().update(key_states, value_states)
         by_position = self.position is not None and not plan.whole
         self.seen = (self.position, self.valid) if by_position else (None, None)
-        if plan.window is not None:
-            self.window, self.sinks = plan.window, plan.sinks
+        if plan.span is not None:
+            self.span = plan.span
             self._forget(plan.draft)
         self.gone = logical - self.held
-        self.reduced |= plan.repacked or plan.reduction is not None or self.window is not None or self.gone != 0
+        self.reduced |= plan.repacked or plan.reduction is not None or self.span is not None or self.gone != 0
         return keys, values
+
+    def _refuse(self, forward: Activity | None) -> None:
+        """Refuse what is not of `forward`, or of one that it runs within, and what one that failed has left broken."""
+        if self.broken:
+            raise UnsupportedError(
+                "a forward that failed has dropped earlier tokens of this KV cache: begin again with a new cache"
+            )
+        if torch.compiler.is_compiling():
+            mine = forward is not None  # A number to look up would be guarded, and no two layers share a graph.
+        else:
+            while forward is not None and not forward.holds(self):
+                forward = forward.outer
+            mine = forward is not None
+        if not mine:
+            raise UnsupportedError(
+                "this KV cache was reduced by tokenreduce, and no pipeline is attached: attach it again to go on with the cache"
+            )
 
     def places(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(B, held) long: position of each token held, −1 on padding; and (B,) long, the position of the next token."""
@@ -162,9 +180,10 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         """Hold only the sinks and the window before the next token, which may be the first of `draft` that came."""
         assert self.position is not None
         assert self.end is not None
-        assert self.window is not None
+        assert self.span is not None
         last = self.end[:, None] - 1 - draft
-        stays = (self.position < self.sinks) | (self.position > last - self.window[:, None])
+        sinks, window = self.span[:, :1], self.span[:, 1:]
+        stays = (self.position < sinks) | (self.position > last - window)
         valid = self.valid
         if valid is not None:
             stays &= valid
@@ -172,6 +191,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         longest = int(counts.max())
         if longest == self.held:
             return
+        self.shed = True
         index = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.held - longest :]
         self.real = None
         if bool((counts != longest).any()):
@@ -193,8 +213,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.gone, self.sinks, self.reduced = 0, 0, False
-        self.real = self.position = self.end = self.window = self.plan = None
+        self.gone, self.reduced, self.broken = 0, False, False
+        self.real = self.position = self.end = self.span = self.plan = None
         self.seen = (None, None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -224,7 +244,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self.position = None if self.position is None else change(self.position)
         if rows:
             self.end = None if self.end is None else change(self.end)
-            self.window = None if self.window is None else change(self.window)
+            self.span = None if self.span is None else change(self.span)
 
 
 def lengthened(real: Tensor, count: int) -> Tensor:
@@ -257,47 +277,3 @@ def _reduced(
     assert left.hidden is not None
     both = left.hidden.view(rows, -1, groups, width + values.shape[-1]).transpose(1, 2)
     return both[..., :width], both[..., width:], position.gather(1, left.index), left.valid
-
-
-def refuse_cache(cache: Any) -> None:
-    """UnsupportedError, naming the cache, where it is not a plain DynamicCache."""
-    if not isinstance(cache, DynamicCache):
-        raise UnsupportedError(f"{type(cache).__name__} is not supported: token reduction needs a DynamicCache")
-    if cache.offloading:
-        raise UnsupportedError("an offloaded KV cache is not supported: token reduction needs a plain DynamicCache")
-
-
-def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLayer]:
-    """Swap the layers of `cache` for TokenLayers, in place, so that a user's own cache object goes on working.
-
-    valid: (B, held) bool, False where the tokens of earlier turns are padding.
-
-    Raises UnsupportedError, naming the cache, where it is not a plain DynamicCache.
-    """
-    refuse_cache(cache)
-    layers: list[TokenLayer] = []
-    for place in range(depth):
-        old = cache.layers[place] if place < len(cache.layers) else None
-        if isinstance(old, TokenLayer):
-            layers.append(old)
-            continue
-        if old is not None and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise UnsupportedError(
-                f"a cache with a {type(old).__name__} is not supported: token reduction needs a plain DynamicCache"
-            )
-        layer = TokenLayer(place)
-        if old is not None and old.is_initialized and old.get_seq_length():
-            if old.get_seq_length() != old.keys.shape[-2]:
-                raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
-            layer.lazy_initialization(old.keys, old.values)
-            layer.keys, layer.values = old.keys, old.values
-            layer.real = valid
-        layers.append(layer)
-    cache.layers[:] = layers
-    return layers
-
-
-def token_layers(cache: Any) -> list[TokenLayer]:
-    """The layers of a cache that the engine has adopted; empty for any other."""
-    layers = cache.layers if isinstance(cache, Cache) else []
-    return layers if layers and isinstance(layers[0], TokenLayer) else []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
+from tokenreduce.engine.adopted import seen_tokens
 from tokenreduce.engine.schedule import Conductor, check
 from tokenreduce.engine.sequence import Sequence
 from tokenreduce.engine.stack import draft_length, in_generation
@@ -54,7 +55,7 @@ class Call:
         return cls(
             batch=x.shape[0],
             width=x.shape[1],
-            past=0 if cache is None else int(cache.get_seq_length()),
+            past=0 if cache is None else seen_tokens(cache),
             device=x.device,
             cache=cache,
             mask=kwargs.get("attention_mask"),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.budget import SPAN_BLOCK
+from tokenreduce.engine.adopted import Before
 from tokenreduce.engine.asked import ask, checked
 from tokenreduce.engine.cache import Activity, Joined, KvPlan, TokenLayer, lengthened
-from tokenreduce.engine.kv import plan_kv
+from tokenreduce.engine.kv import Held, plan_kv
 from tokenreduce.engine.reading import Reading, reading_sites
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
@@ -24,7 +25,7 @@ from tokenreduce.trace import StageTrace
 class Forward(Activity):
     """State of one forward.
 
-    traced: whether torch.compile may trace it.
+    traced: whether torch.compile may trace it. before: what its cache was.
 
     Args:
         sequences: one per row; empty in a forward without vision tokens (a later turn on a reduced cache).
@@ -70,6 +71,7 @@ class Forward(Activity):
         self.deepstack = deepstack or []
         self.pairs: dict[tuple[int, int], int] = {}
         self.passengers: list[list[Tensor]] = [[rows[s.row, s.columns] for rows in self.deepstack] for s in sequences]
+        self.before = Before(layers if width > 1 else ())
         self.stages: list[StageTrace] = []
         self.unseen: list[StageTrace] = []
 
@@ -143,12 +145,12 @@ class Forward(Activity):
     def enter_attention(self, layer: int, x: Tensor) -> None:
         """Account for the attention of `layer` over x, and tell its cache what will come."""
         plan = KvPlan(self.logical, self.valid, draft=self.draft, repacked=self.index is not None)
-        spans: list[int | None] = [None] * len(self.sequences)
+        kept = [Held()] * len(self.sequences)
         if self.kv_sites or (self.layers and self.layers[layer].position is not None):
-            spans = plan_kv(self, layer, x, plan)
-        for sequence, held in zip(self.sequences, spans, strict=True):
+            kept = plan_kv(self, layer, x, plan)
+        for sequence, held in zip(self.sequences, kept, strict=True):
             sequence.attended = sequence.alive
-            attend(sequence.conductor.account, len(sequence), held, plan.window is not None)
+            attend(sequence.conductor.account, len(sequence), *held)
         if self.layers:
             self.layers[layer].plan = plan
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenreduce.budget import SPAN_BLOCK, kv_pairs
 from tokenreduce.engine.cache import KvPlan
-from tokenreduce.errors import UnsupportedError
-from tokenreduce.reduction import Reduction, Weighting
+from tokenreduce.errors import PluginError, UnsupportedError
+from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import Site, Span
 
 if TYPE_CHECKING:
@@ -21,19 +22,26 @@ EVERYTHING = 1 << 40
 """A window that no sequence outgrows."""
 
 
-def plan_kv(forward: Forward, layer: int, x: Tensor, plan: KvPlan) -> list[int | None]:
+class Held(NamedTuple):
+    """What the cache will hold of a row: tokens, None for everything. span: because its queries see a moving span."""
+
+    tokens: int | None = None
+    span: bool = False
+
+
+def plan_kv(forward: Forward, layer: int, x: Tensor, plan: KvPlan) -> list[Held]:
     """Ask the stages at `layer[l].kv` about x (B, m, D), the layer's input, and write into `plan` what is to happen.
 
-    Returns what the cache will hold of each row, None for everything.
+    Returns what the cache will hold of each row. What one row is given, span or weighting, is nothing to the others.
     """
     site = Site(layer, "kv")
     width = x.shape[1]
     targets = torch.full(x.shape[:2], -1, dtype=torch.long, device=x.device)
     position = torch.full_like(targets, -1)
-    windows, held, remain = [], [], []
-    sinks = 0
+    spans: list[Span | None] = []
+    held: list[Held] = []
+    remain: list[Tensor | None] = []
     size = torch.ones_like(targets)
-    weighting: Weighting | None = None
     past = forward.past(layer, x.shape[0], x.device)
     totals = torch.tensor([s.total for s in forward.sequences], device=x.device)
     draft = torch.arange(width - forward.draft, width, device=x.device)
@@ -45,58 +53,73 @@ def plan_kv(forward: Forward, layer: int, x: Tensor, plan: KvPlan) -> list[int |
         targets[sequence.row, here] = torch.arange(pad, here.stop, device=x.device)
         position[sequence.row, here] = sequence.alive + past[sequence.row]
         size[sequence.row, here] = sequence.size
-        window: int | None = None
+        span: Span | None = None
         count: int | None = None
-        kept = torch.ones(n, dtype=torch.bool, device=x.device)
+        kept: Tensor | None = None
         for run in sequence.conductor.due(site, sequence.__len__):
             decision = forward.decide(sequence, run, site, x[sequence.row, here])
             if decision.reduction is not None:
                 sequence.check(run.strategy.name, site, decision.reduction)
-                target, kept = decision.reduction.target[0], decision.reduction.kept[0]
+                target, stays = decision.reduction.target[0], decision.reduction.kept[0]
                 targets[sequence.row, here] = torch.where(target >= 0, target + pad, -1)
-                count = int(kept.sum())
+                count = int(stays.sum())
                 if count < n:
-                    weighting = decision.reduction.weighting
+                    kept = stays
+                    _check_first(run.strategy.name, site, sequence.row, stays, past)
+                if decision.reduction.weighting == "plain":
+                    size[sequence.row, here] = 1
             if isinstance(decision.span, Span):
-                window, sinks = decision.span.window, decision.span.sinks
-                count = min(sinks + window, n)
+                span = decision.span
+                count = min(span.sinks + span.window, n)
             forward.record(sequence, run, site, decision, n, n if count is None else count, 0)
-        windows.append(window)
-        held.append(count)
+        spans.append(span)
+        held.append(Held(count, span is not None))
         remain.append(kept)
     plan.end = past + totals + forward.draft
-    if weighting is None and all(window is None for window in windows):
+    merged, bounded = any(kept is not None for kept in remain), any(span is not None for span in spans)
+    if not merged and not bounded:
         known = bool(forward.layers) and forward.layers[layer].position is not None
         plan.position = position if known or forward.index is not None else None
-        return [None] * len(held)
-    plan.whole = weighting is None and _sees_all(forward, layer, windows, sinks)
-    for sequence, kept, count in zip(forward.sequences, remain, held, strict=True):
+        return [Held()] * len(held)
+    plan.whole = not merged and _sees_all(forward, layer, spans)
+    for sequence, kept, (count, _) in zip(forward.sequences, remain, held, strict=True):
         if not plan.whole:
             n = len(sequence)
-            seen = kv_pairs(n, min(count or n, n), True) if weighting is None else _pairs_in_blocks(kept)
+            seen = kv_pairs(n, n if count is None else count, True) if kept is None else _pairs_in_blocks(kept)
             forward.pairs[layer, sequence.row] = seen
     plan.position = position
-    if weighting is not None:
-        plan.reduction, plan.size = Reduction(targets, weighting), size
-    if any(window is not None for window in windows):
-        # A row without vision tokens now goes on with the span it had, if it had one.
-        earlier = forward.layers[layer].window if forward.layers else None
-        before = [EVERYTHING] * len(windows) if earlier is None else earlier.tolist()
-        now = [was if w is None else w for w, was in zip(windows, before, strict=True)]
-        plan.window = torch.tensor(now, device=x.device)
-        plan.sinks = sinks
+    if merged:
+        plan.reduction, plan.size = Reduction(targets), size
+    if bounded:
+        plan.span = _spans(forward, layer, spans, x.device)
     if not forward.layers:
         raise UnsupportedError("stages at `kv` sites need a KV cache; call with use_cache=True")
     return held
 
 
-def _sees_all(forward: Forward, layer: int, windows: list[int | None], sinks: int) -> bool:
+def _sees_all(forward: Forward, layer: int, spans: Many[Span | None]) -> bool:
     """Whether the spans hide nothing yet, whose attention then is as it was, to the bit. Asks no tensor."""
     held = forward.layers[layer] if forward.layers else None
-    if held is None or held.gone or forward.index is not None or (held.window is not None and None in windows):
+    if held is None or held.gone or forward.index is not None or (held.span is not None and None in spans):
         return False
     ends = [held.held + sequence.total + forward.draft for sequence in forward.sequences]
-    return all(window is None or sinks + window >= end for window, end in zip(windows, ends, strict=True))
+    return all(span is None or span.sinks + span.window >= end for span, end in zip(spans, ends, strict=True))
+
+
+def _check_first(name: str, site: Site, row: int, kept: Tensor, past: Tensor) -> None:
+    """PluginError where the first token's query would find no key at all: `kept` (n,) leaves its own out, and none is older."""
+    if not bool(kept[0]) and not int(past[row]):
+        raise PluginError(
+            f"strategy {name} at {site} leaves the first token of row {row} nothing to attend to; keep that token"
+        )
+
+
+def _spans(forward: Forward, layer: int, spans: Many[Span | None], device: torch.device) -> Tensor:
+    """(B, 2) long, sinks and window. A row without vision tokens now goes on with the span it had, if it had one."""
+    earlier = forward.layers[layer].span if forward.layers else None
+    before = [[0, EVERYTHING]] * len(spans) if earlier is None else earlier.tolist()
+    now = [was if span is None else [span.sinks, span.window] for span, was in zip(spans, before, strict=True)]
+    return torch.tensor(now, device=device)
 
 
 def _pairs_in_blocks(kept: Tensor) -> int:

@@ -12,8 +12,9 @@ from tokenreduce import cost
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine import call as calls
+from tokenreduce.engine.adopted import adopt, forget_plans, refuse_cache, token_layers
 from tokenreduce.engine.asked import flag, sites_of
-from tokenreduce.engine.cache import KvPlan, TokenLayer, adopt, refuse_cache, token_layers
+from tokenreduce.engine.cache import KvPlan, TokenLayer
 from tokenreduce.engine.call import Call
 from tokenreduce.engine.checks import (
     check_ran,
@@ -233,12 +234,13 @@ class Run:
         local = self._local
         asked, local.asked, local.await_head = local.asked, None, False
         self._ready()
+        forget_plans(kwargs.get("past_key_values"))
         held = continued(kwargs, self._layout)
         if held is not None:  # A step of decoding: what is cheap is asked first.
             if not any_reduced(held):
                 return None
             if Step.serves(kwargs.get("attention_mask"), self.host.implementation, self.host.config, held):
-                self._ongoing.start(Step())
+                self._ongoing.start(Step(held))
                 return {**kwargs, "attention_mask": None}
         call = Call.read(kwargs, None if asked is None else Prompt.read(*asked))
         layout = self._find_layout(call)
@@ -329,15 +331,28 @@ class Run:
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder, also when it raised: drop the state, and write the trace."""
-        forward = self._ongoing.here()
-        if forward is None:
-            return
         if self._local.refused:
             self._local.refused = False
             return
+        if output is None:  # The forward raised, and the hook is called all the same.
+            forget_plans(kwargs.get("past_key_values"))
+        forward = self._ongoing.here()
+        if forward is None:
+            return
         self._ongoing.release()
-        if isinstance(forward, Step) or not forward.sequences or output is None:
-            return  # None: the forward raised, and the hook is called all the same.
+        if isinstance(forward, Step):
+            return
+        if output is None:
+            forward.before.restore()
+        elif forward.sequences:
+            try:
+                self._receive(forward)
+            except BaseException:
+                forward.before.restore()
+                raise
+
+    def _receive(self, forward: Forward) -> None:
+        """Hold a forward that has ended to what it had to do, and write its trace."""
         self._fresh = False
         total = [s.total for s in forward.sequences]
         layers = self.shape.layers

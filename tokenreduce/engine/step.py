@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.engine.cache import Activity, Joined, TokenLayer, token_layers
+from tokenreduce.engine.adopted import token_layers
+from tokenreduce.engine.cache import Activity, Joined, TokenLayer
 from tokenreduce.layout import TokenLayout
 
 
@@ -40,7 +41,8 @@ class Step(Activity):
     sequences: tuple[()] = ()
     idle = True
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Many[TokenLayer]) -> None:
+        self.layers = layers
         self.joined: Joined = {}
 
     @staticmethod

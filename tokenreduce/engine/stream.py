@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tokenreduce import cost
 from tokenreduce.adapter import ModelAdapter
 from tokenreduce.budget import Account
+from tokenreduce.engine.adopted import adopt
 from tokenreduce.engine.asked import carry_of, sites_of
 from tokenreduce.engine.attach import adapter_for
-from tokenreduce.engine.cache import TokenLayer, adopt
+from tokenreduce.engine.cache import TokenLayer
 from tokenreduce.engine.call import Call
 from tokenreduce.engine.checks import check_ran, refuse_call, refuse_mode
 from tokenreduce.engine.forward import Forward

@@ -79,11 +79,11 @@ class Ledger:
         for number, (layer, (held, old)) in enumerate(zip(layers, self._before, strict=True)):
             pairs = m * (held + m)
             if layer.position is not None:
-                window = None if layer.window is None else int(layer.window)
-                key = (held, layer.sinks, -1 if window is None else window)
+                sinks, window = (0, None) if layer.span is None else layer.span[0].tolist()
+                key = (held, sinks, -1 if window is None else window)
                 if key not in found:
                     seen = position if old is None else torch.cat([old[0], position])
-                    found[key] = pairs_seen(seen, position, layer.sinks, window)
+                    found[key] = pairs_seen(seen, position, sinks, window)
                 pairs = found[key]
             self._flops[number] += cost.layer_flops(self.shape, m, m, pairs=pairs)
         self._kept.append(position)

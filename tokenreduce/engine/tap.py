@@ -31,7 +31,7 @@ ATTACHED = "_tokenreduce_attached"
 def tapped(implementation: str) -> str:
     """The name of the tap around `implementation`, registered on first use. UnsupportedError without masks that we know."""
     name = PREFIX + implementation
-    below[implementation] = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
+    below[implementation] = _registered(implementation)
     if name not in ALL_ATTENTION_FUNCTIONS:
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             raise UnsupportedError(
@@ -111,11 +111,32 @@ class _Watch(TorchDispatchMode):
 
 def attention_below(implementation: str, module: torch.nn.Module) -> Attention:
     """The attention function that the tap is around."""
-    base = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
-    if base is None:
-        # Eager attention belongs to the family: its own module has it.
-        base = sys.modules[type(module).__module__].eager_attention_forward
-    return base  # type: ignore[no-any-return]
+    # Eager attention belongs to the family: its own module has it.
+    family = sys.modules[type(module).__module__]
+    return _registered(implementation) or family.eager_attention_forward
+
+
+def _registered(implementation: str) -> Attention | None:
+    """What transformers knows as `implementation`. Flash attention of any kind looks up its own name in a module's config."""
+    base: Attention | None = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
+    if base is None or "flash" not in implementation:
+        return base
+
+    def attention(module: torch.nn.Module, *arguments: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        config = _Changed(module.config, _attn_implementation=implementation)
+        return base(_Changed(module, config=config), *arguments, **kwargs)
+
+    return attention
+
+
+class _Changed:
+    """An object with some attributes of its own instead, for those who only read."""
+
+    def __init__(self, whole: Any, **own: Any) -> None:
+        self.__dict__.update(own, _whole=whole)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
 
 
 def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, valid: Tensor | None) -> Tensor | None:
@@ -133,10 +154,15 @@ def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, vali
         attention_mask=valid,
         allow_is_causal_skip=True,
         use_vmap=False,
-        dtype=query.dtype,
+        dtype=mask_dtype(query),
         config=config,
         device=query.device,
     )
+
+
+def mask_dtype(query: Tensor) -> torch.dtype:
+    """Of an eager mask: its softmax is in float32, where the least float64 is −inf, and a row of nothing but padding NaN."""
+    return torch.float32 if query.dtype == torch.float64 else query.dtype
 
 
 def attend_by_row(
@@ -175,14 +201,14 @@ def attend_by_position(
     """Attention at a layer whose keys were reduced at a `kv` site: what a query sees goes by positions.
 
     query: (B, H, q, d) at `position` (B, q), −1 on padding. The keys' positions and validity come from `layer.seen`, the span
-    from its window. Works block by block over the queries of each row, so that no q×keys mask is ever whole.
+    from its own. Works block by block over the queries of each row, so that no q×keys mask is ever whole.
     """
     places, valid = layer.seen
     assert places is not None
     rows, heads, count, _ = query.shape
     out = query.new_zeros(rows, count, heads, value.shape[-1])
     for row in range(rows):
-        window = None if layer.window is None else int(layer.window[row])
+        sinks, window = (0, None) if layer.span is None else layer.span[row].tolist()
         first_query = int((position[row] < 0).sum())
         keys, values, seen = key[row : row + 1], value[row : row + 1], places[row]
         if valid is not None:
@@ -193,18 +219,19 @@ def attend_by_position(
             low, high = int(at[0]), int(at[-1])
             end = int(torch.searchsorted(seen, high, right=True))
             begin = 0 if window is None else int(torch.searchsorted(seen, low - window + 1))
-            sinks = min(begin, int(torch.searchsorted(seen, layer.sinks))) if window is not None else 0
+            ahead = min(begin, int(torch.searchsorted(seen, sinks)))
             k, v, where = keys[:, :, begin:end], values[:, :, begin:end], seen[begin:end]
-            if sinks:
-                k = torch.cat([keys[:, :, :sinks], k], 2)
-                v = torch.cat([values[:, :, :sinks], v], 2)
-                where = torch.cat([seen[:sinks], where])
+            if ahead:
+                k = torch.cat([keys[:, :, :ahead], k], 2)
+                v = torch.cat([values[:, :, :ahead], v], 2)
+                where = torch.cat([seen[:ahead], where])
             allowed = where[None] <= at[:, None]
             if window is not None:
-                allowed &= (where[None] < layer.sinks) | (at[:, None] - where[None] < window)
+                allowed &= (where[None] < sinks) | (at[:, None] - where[None] < window)
             mask: Tensor = allowed[None, None]
             if implementation == "eager":
-                mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+                dtype = mask_dtype(query)
+                mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
             part, _ = base(module, query[row : row + 1, :, start:stop], k, v, mask, **kwargs)
             out[row, start:stop] = part[0]
     return out, None
