@@ -12,7 +12,8 @@ from harness import table
 from tokenreduce import cost
 from tokenreduce.architectures import Architecture, architecture
 from tokenreduce.budget import Account
-from tokenreduce.engine.schedule import check, forecast
+from tokenreduce.engine.feasible import check
+from tokenreduce.engine.schedule import forecast
 from tokenreduce.pipeline import build, load_pipeline
 
 GPUS = 8

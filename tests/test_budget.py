@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tokenreduce.budget import SPAN_BLOCK, Account, Budget, kv_pairs, released_removal
 from tokenreduce.cost import DecoderShape, kv_bytes, prefill_flops
-from tokenreduce.engine.schedule import check, forecast
+from tokenreduce.engine.feasible import check
+from tokenreduce.engine.schedule import forecast
 from tokenreduce.errors import BudgetError, PipelineError
 from tokenreduce.pipeline import build, load_pipeline
 from tokenreduce.strategy import Site

@@ -29,7 +29,7 @@ import tokenreduce as tr
 from tokenreduce.architectures import Architecture, architecture
 from tokenreduce.cli import main
 from tokenreduce.cost import DecoderShape, kv_bytes
-from tokenreduce.engine.schedule import read_later, spans
+from tokenreduce.engine.feasible import read_later, spans
 from tokenreduce.errors import BudgetError, TokenReduceError
 from tokenreduce.memory import Peak, decoder_parameters, largest, parse_bytes, prefill_peak
 from tokenreduce.models.llava_video import LlavaVideoConfig, LlavaVideoForConditionalGeneration

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import tokenreduce as tr
 from tokenreduce.budget import Account
-from tokenreduce.engine.schedule import Conductor, check, forecast
+from tokenreduce.engine.feasible import check
+from tokenreduce.engine.schedule import Conductor, forecast
 from tokenreduce.errors import BudgetError, PipelineError
 from tokenreduce.pipeline import Pipeline, build, load_pipeline
 from tokenreduce.strategy import (

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from matrix import PROMPTS, Case, check_prefill, expect, model
 
 import tokenreduce as tr
-from tokenreduce.engine.schedule import check, forecast
+from tokenreduce.engine.feasible import check
+from tokenreduce.engine.schedule import forecast
 from tokenreduce.errors import BudgetError, PipelineError
 from tokenreduce.hookspecs import hookimpl
 from tokenreduce.pipeline import build, load_pipeline

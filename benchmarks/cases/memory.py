@@ -24,7 +24,8 @@ import tokenreduce as tr
 from tokenreduce.budget import Account, Budget
 from tokenreduce.cli import main
 from tokenreduce.cost import DecoderShape, kv_bytes
-from tokenreduce.engine.schedule import forecast, read_later
+from tokenreduce.engine.feasible import read_later
+from tokenreduce.engine.schedule import forecast
 from tokenreduce.memory import Peak, prefill_peak
 from tokenreduce.ops.similarity import cosine_to, previous_in_slot
 from tokenreduce.pipeline import build, load_pipeline

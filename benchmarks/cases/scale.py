@@ -68,7 +68,8 @@ def _plans(frames: tuple[int, ...]) -> list[Row]:
     """Seconds that the Budget solver and the Account take for LLaVA-Video-7B, as `tokenreduce plan` asks them."""
     from tokenreduce.architectures import architecture
     from tokenreduce.budget import Account
-    from tokenreduce.engine.schedule import check, forecast
+    from tokenreduce.engine.feasible import check
+    from tokenreduce.engine.schedule import forecast
     from tokenreduce.pipeline import build, load_pipeline
 
     model, rows = architecture("llava-video-7b"), []

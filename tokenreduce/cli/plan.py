@@ -75,7 +75,8 @@ def plan(
 
 def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, similar: float) -> Account:
     from tokenreduce.budget import Account
-    from tokenreduce.engine.schedule import check, forecast
+    from tokenreduce.engine.feasible import check
+    from tokenreduce.engine.schedule import forecast
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import build
 
@@ -92,7 +93,7 @@ def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, simila
 
 def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar: float, json: bool) -> None:
     from tokenreduce.cli._plan_memory import Plan, dense, show
-    from tokenreduce.engine.schedule import read_later, spans
+    from tokenreduce.engine.feasible import read_later, spans
     from tokenreduce.memory import parse_bytes
     from tokenreduce.pipeline import build
 

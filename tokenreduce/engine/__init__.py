@@ -1,6 +1,7 @@
 """The layer-schedule engine: runs a pipeline's stages inside an unmodified transformers decoder.
 
 schedule.py  which stage is asked where, per sequence; no tensors
+feasible.py  whether a pipeline can act and meet its budget, before anything runs
 asked.py     what strategies are shown and what they answer, taken on trust in neither
 sequence.py  one sequence's tokens, and what a stage sees of them
 forward.py   one forward of one attachment: batches, rotary positions, masks, deepstack rows

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine.adopted import seen_tokens
-from tokenreduce.engine.schedule import Conductor, check
+from tokenreduce.engine.feasible import check
+from tokenreduce.engine.schedule import Conductor
 from tokenreduce.engine.sequence import Sequence
 from tokenreduce.engine.stack import draft_length, in_generation
 from tokenreduce.errors import LayoutError

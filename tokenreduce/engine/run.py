@@ -13,7 +13,7 @@ from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.budget import Account
 from tokenreduce.engine import call as calls
 from tokenreduce.engine.adopted import adopt, forget_plans, refuse_cache, token_layers
-from tokenreduce.engine.asked import flag, sites_of
+from tokenreduce.engine.asked import sites_of
 from tokenreduce.engine.cache import KvPlan, TokenLayer
 from tokenreduce.engine.call import Call
 from tokenreduce.engine.checks import (
@@ -27,17 +27,17 @@ from tokenreduce.engine.checks import (
     refuse_packed,
 )
 from tokenreduce.engine.compiled import CompiledForward
+from tokenreduce.engine.feasible import check_layout, check_pipeline
 from tokenreduce.engine.forward import Forward
 from tokenreduce.engine.host import Host
 from tokenreduce.engine.ongoing import Ongoing
 from tokenreduce.engine.receipt import receipt
-from tokenreduce.engine.schedule import check, check_sites
 from tokenreduce.engine.sequence import Sequence
 from tokenreduce.engine.stack import calls_of, in_compiled_call, working
 from tokenreduce.engine.step import Step, any_reduced, continued
 from tokenreduce.engine.vision import NoTower, TowerHooks
 from tokenreduce.engine.waiting import any_other, wait_until
-from tokenreduce.errors import AttachError, BudgetError, PipelineError, UnsupportedError
+from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
 from tokenreduce.trace import Trace
@@ -173,29 +173,10 @@ class Run:
         self.attached = True
 
     def _check_pipeline(self) -> None:
-        """Refuse a pipeline that needs a budget and has none, or whose budget cannot be met by the layout that is known."""
-        check_sites(self.strategies, len(self.host.layers))
-        needy = [strategy.name for strategy in self.strategies if flag(strategy, "needs_budget")]
-        if self.budget is None and needy:
-            raise PipelineError(f"{needy[0]} solves its count from a budget: give `budget`, or the stage's `keep`")
-        if self.budget is not None and not needy:
-            check(self.strategies, Account(self.budget, self.shape, 1, 1))
+        """Refuse what is known already that cannot be."""
+        check_pipeline(self.strategies, self.budget, self.shape)
         if self._layout is not None:
-            for row in self._reducible(self._layout):
-                if bool(row.any()):
-                    self._check_row(row)
-
-    def _check_row(self, row: Tensor) -> None:
-        """Refuse a budget that the row (N,), reducible tokens of the layout, cannot meet, however much of it is padding."""
-        count = int(row.sum())
-        try:
-            check(self.strategies, self._account(len(row), count))
-        except BudgetError as refused:
-            padding = int(row.int().argmax())  # Each call is checked again, with its mask.
-            try:
-                check(self.strategies, self._account(len(row) - padding, count))
-            except BudgetError:
-                raise refused from None
+            check_layout(self.strategies, self._reducible(self._layout), self._account)
 
     def _account(self, total: int, reducible: int) -> Account:
         return Account(self.budget, self.shape, total, reducible, self.host.cache_bytes)

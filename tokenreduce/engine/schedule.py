@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenreduce.budget import Account, Change, Reading, kv_pairs, released_removal
 from tokenreduce.engine.asked import flag, outcome_of, sites_of
-from tokenreduce.errors import BudgetError, PipelineError
+from tokenreduce.errors import BudgetError
 from tokenreduce.ops.attention import importance_flops
 from tokenreduce.strategy import Action, CountView, Queries, Site, Strategy
 
@@ -275,67 +275,3 @@ def attend(account: Account, tokens: int, held: int | None, span: bool) -> None:
     account.attn.append(tokens)
     account.kv.append(tokens if held is None else min(held, tokens))
     account.pairs.append(None if everything or held is None else kv_pairs(tokens, held, span))
-
-
-def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
-    """Refuse stages that would get in each other's way at the KV cache of a layer: PipelineError."""
-    holders: dict[int, str] = {}
-    for strategy in strategies:
-        for name in (
-            "once",
-            "fixed_count",
-            "needs_budget",
-        ):  # Asked here as well, so that a fault is found before any forward.
-            flag(strategy, name)
-        for site in sites_of(strategy, depth):
-            if site.kind == "kv" and site.layer in holders:
-                raise PipelineError(
-                    f"{holders[site.layer]} and {strategy.name} both act at {site}; keep them apart by `at`, `from` or `until`"
-                )
-            if site.kind == "kv":
-                holders[site.layer] = strategy.name
-    for strategy in strategies:
-        for site in sites_of(strategy, depth) if strategy.capabilities.attention else []:
-            layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
-            if site.kind != "kv" and layer in holders:
-                raise PipelineError(
-                    f"{strategy.name} at {site} would read attention of layer {layer}, where {holders[layer]} acts on keys and "
-                    "values, so that it is not attention to tokens; keep them apart by `at`, `from` or `until`"
-                )
-
-
-def check(strategies: Sequence[Strategy], account: Account) -> None:
-    """Refuse a pipeline whose budget cannot be met, before anything runs.
-
-    Raises PipelineError where no stage can choose its count, BudgetError with the smallest feasible budget otherwise."""
-    budget = account.budget
-    if budget is None:
-        return
-    if not any(flag(strategy, "needs_budget") for strategy in strategies):
-        raise PipelineError(
-            f"budget {budget}: no stage of this pipeline chooses its count by a budget; add importance_prune, or drop the budget"
-        )
-    probe = Account(budget, account.shape, account.total, account.reducible, account.cache_bytes)
-    forecast(strategies, probe, least=True)
-    least = probe.cost(probe.attn, probe.ffn, probe.kv, probe.pairs)
-    if least > probe.limit:
-        sure = all(flag(strategy, "fixed_count") for strategy in strategies)
-        raise probe.refusal(least, met="met" if sure else "promised")
-
-
-def read_later(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
-    """Layers whose queries outlive their attention, because a stage reads it before the attention of the next layer."""
-    readers = (strategy for strategy in strategies if strategy.capabilities.attention)
-    return frozenset(
-        site.layer - 1 for strategy in readers for site in sites_of(strategy, depth) if site.kind == "pre_attention"
-    )
-
-
-def spans(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
-    """Layers where a stage lets queries see a moving span of the keys."""
-    return frozenset(
-        site.layer
-        for strategy in strategies
-        for site in strategy.schedule(depth)
-        if site.kind == "kv" and not strategy.capabilities.merges
-    )
