@@ -304,7 +304,9 @@ class Plan:
         for keep in range(reducible + 1):
             changes, share = {site: self.fixed + keep}, Fraction(keep, reducible)
             for power, at in enumerate(later):
-                changes[at] = self.fixed + math.floor(keep * share ** (power + 1))
+                changes[at] = self.fixed + max(
+                    math.floor(keep * share ** (power + 1)), min(keep, 1)
+                )  # One always stays.
             if self.project(n, changes, readers) <= self.limit:
                 best = keep
         assert best > 0, "the budget leaves nothing: choose another one for the test"

@@ -119,6 +119,19 @@ def test_a_padded_text_turn_on_a_cache_that_is_not_reduced() -> None:
     assert cache.get_seq_length() == TOKENS + 4
 
 
+def test_a_cache_that_was_given_by_its_place() -> None:
+    """Its layers keep no plan of a padded turn that failed: the next turn, dense or not, would take its padding for its own."""
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    ids = prompt(rows=2)
+    mask = torch.cat([torch.ones_like(ids), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])], 1)
+    with tr.reduce(model, {"stages": [{"strategy": "random", "at": 1, "keep": 1.0}]}, layout=layout()):
+        forward(model, ids=ids, past_key_values=cache)
+        with stopping(model, -1), pytest.raises(StopError):
+            model.model(ids[:, :4], mask, None, cache)
+    assert all(layer.plan is None for layer in cache.layers)
+
+
 def test_what_is_refused_when_all_layers_have_run() -> None:
     """A stage that keeps more than its budget is told at the end: the turn is taken back all the same."""
     model, cache = tiny_model(), DynamicCache()

@@ -186,3 +186,11 @@ def test_attention_that_importance_is_not_defined_for(kind: str, named: str) -> 
     with tr.reduce(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout()) as run:
         logits(model)
         assert len(run.trace.kept[0]) < layout().shape[1]
+
+
+def test_a_decoder_with_a_cache_of_its_own() -> None:
+    model = decoder("minimax", layer_types=["full_attention"] * TEXT["num_hidden_layers"])
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match="does not run on a plain DynamicCache: ValueError: MiniMax uses cache"):
+        tr.attach(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout())
+    assert_same(model, before)

@@ -14,7 +14,7 @@ from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache import Activity, running
 from tokenreduce.engine.meter import Measured, Meter
 from tokenreduce.engine.reading import UNREADABLE
-from tokenreduce.errors import UnsupportedError
+from tokenreduce.errors import UnsupportedError, one_line
 
 TOKENS = 3
 
@@ -118,6 +118,10 @@ def probe(
         running.forward = spy
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), meter:
             text(inputs_embeds=_noise(text), past_key_values=cache, use_cache=True)
+    except ValueError as error:  # MiniMax: a cache of its own.
+        raise UnsupportedError(
+            f"{family}: its decoder does not run on a plain DynamicCache: {one_line(error)}"
+        ) from error
     finally:
         running.forward = before
         for handle in handles:

@@ -168,15 +168,19 @@ class Run:
         self._ongoing = Ongoing(host, pairs, self._tower.lock)
         host.take(self, pairs)
         self.shape = host.shape  # As it was measured.
+        if self._layout is not None:
+            try:
+                check_layout(self.strategies, self._reducible(self._layout), self._account)
+            except BaseException:
+                host.give_back()
+                raise
         self._tower.install()
         attached[host.text] = self
         self.attached = True
 
     def _check_pipeline(self) -> None:
-        """Refuse what is known already that cannot be."""
+        """Refuse what cannot be, whatever the layout."""
         check_pipeline(self.strategies, self.budget, self.shape)
-        if self._layout is not None:
-            check_layout(self.strategies, self._reducible(self._layout), self._account)
 
     def _account(self, total: int, reducible: int) -> Account:
         return Account(self.budget, self.shape, total, reducible, self.host.cache_bytes)
@@ -316,7 +320,7 @@ class Run:
             self._local.refused = False
             return
         if output is None:  # The forward raised, and the hook is called all the same.
-            forget_plans(kwargs.get("past_key_values"))
+            forget_plans(calls.named(module, args, kwargs).get("past_key_values"))
         forward = self._ongoing.here()
         if forward is None:
             return
