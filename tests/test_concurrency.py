@@ -18,6 +18,7 @@ from tiny import assert_same, generate, hooks, layout, live_tensors, logits, pro
 
 import tokenreduce as tr
 from tokenreduce.engine import run as engine_run
+from tokenreduce.engine import waiting
 from tokenreduce.engine.cache import running
 from tokenreduce.engine.hooks import Hook
 from tokenreduce.errors import AttachError, UnsupportedError
@@ -398,4 +399,31 @@ def test_detach_within_a_forward_of_its_own() -> None:
             logits(model)
         handle.remove()
         assert torch.equal(logits(model), expected)
+    assert_same(model, before)
+
+
+def test_detach_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that begin anew as soon as they have ended wait at the gate, and go on dense."""
+    monkeypatch.setattr(waiting, "PATIENCE", 20.0)
+    model, stop = tiny_model(), threading.Event()
+    before, dense = snapshot(model), logits(model)
+    run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+    reduced = logits(model)
+
+    def work(number: int) -> bool:
+        while not stop.is_set():
+            out = logits(model)
+            if not torch.equal(out, reduced) and not torch.equal(out, dense):
+                return False
+        return torch.equal(logits(model), dense)
+
+    with ThreadPoolExecutor(8) as pool:
+        threads = [pool.submit(work, number) for number in range(8)]
+        time.sleep(0.2)
+        try:
+            run.detach()
+        finally:
+            stop.set()
+        assert all(thread.result() for thread in threads)
+    assert not run.attached
     assert_same(model, before)

@@ -132,6 +132,32 @@ def test_a_cache_that_was_given_by_its_place() -> None:
     assert all(layer.plan is None for layer in cache.layers)
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_turn_broken_off_by_ctrl_c(detached: bool) -> None:
+    """torch tells no hook. The cache is as it was once the model is called again, or is detached."""
+    model, cache, undisturbed = tiny_model(), DynamicCache(), DynamicCache()
+    half = {"stages": [{"strategy": "random", "at": 1, "keep": 0.5}]}
+    for each in (cache, undisturbed):
+        forward(model, ids=prompt()[:, :5], past_key_values=each)
+    with tr.reduce(model, half, layout=layout()):
+        handle = model.model.layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            forward(model, past_key_values=cache)
+        handle.remove()
+        if not detached:
+            # The positions of this call were counted from a cache that was half filled.
+            with pytest.raises(UnsupportedError, match="was broken off, and only now is it as it was before"):
+                forward(model, past_key_values=cache)
+            assert same(cache, held(undisturbed))
+            ours = forward(model, past_key_values=cache)
+    if detached:
+        assert same(cache, held(undisturbed))
+        with tr.reduce(model, half, layout=layout()):
+            ours = forward(model, past_key_values=cache)
+    with tr.reduce(model, half, layout=layout()):
+        assert torch.equal(ours, forward(model, past_key_values=undisturbed))
+
+
 def test_what_is_refused_when_all_layers_have_run() -> None:
     """A stage that keeps more than its budget is told at the end: the turn is taken back all the same."""
     model, cache = tiny_model(), DynamicCache()

@@ -194,3 +194,10 @@ def test_a_decoder_with_a_cache_of_its_own() -> None:
     with pytest.raises(UnsupportedError, match="does not run on a plain DynamicCache: ValueError: MiniMax uses cache"):
         tr.attach(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout())
     assert_same(model, before)
+
+
+def test_flex_attention_is_measured() -> None:
+    """A kernel that knows no dispatch modes: its FLOPs are counted by its shapes."""
+    model = tiny_model("flex_attention")
+    with tr.reduce(model, "fastv", budget={"flops": 0.9}, layout=layout()) as run:
+        assert run.host.cached == [2 * model.config.num_key_value_heads * run.shape.head_dim] * run.shape.layers

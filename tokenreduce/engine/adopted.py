@@ -87,8 +87,11 @@ class Before:
             }
             self.layers.append((layer, layer.held, rest))
 
-    def restore(self) -> None:
-        """Drop what has come since. Where a span has dropped older tokens, they are lost, and the cache is broken."""
+    def restore(self) -> bool:
+        """Drop what has come since; whether that was anything.
+
+        Where a span has dropped older tokens, they are lost, and the cache is broken."""
+        changed = any(layer.logical != held + rest["gone"] for layer, held, rest in self.layers)
         broken = any(layer.shed and held for layer, held, _ in self.layers)
         for layer, held, rest in self.layers:
             if not held:
@@ -100,3 +103,4 @@ class Before:
             layer.is_initialized = layer.is_initialized and bool(held)
             layer.broken |= broken
             layer.reduced |= broken
+        return changed

@@ -31,6 +31,10 @@ class Activity:
     outer: Activity | None = None
     over = False
 
+    def undo(self) -> bool:
+        """Take back what it has put into its cache, as far as it knows; whether that was anything."""
+        return False
+
     def holds(self, layer: TokenLayer) -> bool:
         """Whether it goes on with this very layer."""
         return layer.number < len(self.layers) and self.layers[layer.number] is layer

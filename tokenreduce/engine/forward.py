@@ -17,7 +17,7 @@ from tokenreduce.engine.reading import Reading, reading_sites
 from tokenreduce.engine.schedule import StageRun, attend
 from tokenreduce.engine.sequence import Sequence, stage_trace
 from tokenreduce.engine.tap import Attention, attend_by_position, attend_by_row, causal_mask
-from tokenreduce.errors import UnsupportedError
+from tokenreduce.errors import PluginError, UnsupportedError
 from tokenreduce.strategy import Decision, Heads, Queries, Site
 from tokenreduce.trace import StageTrace
 
@@ -194,6 +194,10 @@ class Forward(Activity):
         """Whether the cache layer is to leave its update for later."""
         return False
 
+    def undo(self) -> bool:
+        """As Activity.undo, but for a single token."""
+        return self.before.restore()
+
     def finish(self) -> None:
         """After the last layer."""
 
@@ -276,7 +280,8 @@ class Forward(Activity):
 
     def importance(self, sequence: Sequence, queries: Queries, heads: Heads) -> Tensor:
         """(n,) attention that the tokens of `sequence` receive in the last attention that ran."""
-        assert self.attention is not None
+        if self.attention is None:
+            raise PluginError("a strategy asked for attention when its look was over; ctx is good for one look")
         return self.attention.importance(self, sequence, queries, heads)
 
 

@@ -13,16 +13,17 @@ from tokenreduce.engine.host import Host
 from tokenreduce.engine.layers import LayerHooks
 from tokenreduce.engine.step import Step
 from tokenreduce.engine.traced import TracedHooks
+from tokenreduce.engine.waiting import Gate
 
 
 class Ongoing:
     """At most one forward in each thread. The layers' hooks are on while one of them needs them.
 
-    lock: held while a forward begins or ends. closed: whether the pipeline has been taken off.
+    gate: where they begin. closed: whether the pipeline has been taken off.
     """
 
-    def __init__(self, host: Host, pairs: Mapping[int, FfnPair], lock: threading.Lock) -> None:
-        self.lock, self.closed = lock, False
+    def __init__(self, host: Host, pairs: Mapping[int, FfnPair], gate: Gate) -> None:
+        self.gate, self.lock, self.closed = gate, gate.lock, False
         self._beginning = set[int]()
         self.layer_hooks = LayerHooks(host.layers, pairs, self.reducing, host.family)
         self.traced_hooks = TracedHooks(host.layers, pairs)
@@ -46,6 +47,8 @@ class Ongoing:
     def enter(self) -> bool:
         """A call of the decoder begins in this thread. False: its hooks were there still, but the pipeline is not."""
         with self.lock:
+            if threading.get_ident() not in self._forwards:  # What is called within a forward will be refused.
+                self.gate.passed()
             if not self.closed:
                 self._beginning.add(threading.get_ident())
             return not self.closed
@@ -62,14 +65,15 @@ class Ongoing:
                 (self.traced_hooks if isinstance(forward, CompiledForward) else self.layer_hooks).install()
         forward.outer, running.forward = running.forward, forward
 
-    def release(self) -> None:
+    def release(self) -> Forward | Step:
         """The one of this thread has ended, or was broken off."""
         with self.lock:
             forward = self._forwards.pop(threading.get_ident())
             forward.over = True
             running.forward = None if forward.outer is None or forward.outer.over else forward.outer
-            if not any(forward.sequences for forward in self._forwards.values()):
+            if not any(other.sequences for other in self._forwards.values()):
                 self._remove_hooks()
+            return forward
 
     def close(self) -> None:
         """Forget all of them, the broken-off ones of other threads too, and let none begin. The caller holds the lock."""
@@ -78,6 +82,7 @@ class Ongoing:
             running.forward = None
         for forward in self._forwards.values():
             forward.over = True
+            forward.undo()
         self._forwards.clear()
         self._remove_hooks()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import DynamicCache
 
 from tokenreduce.adapter import FfnPair
@@ -42,7 +43,8 @@ class _Spy(Activity):
         self.seen.add(layer)
         self.beside |= {name for name in UNREADABLE if kwargs.get(name) is not None}
         before = self.meter.flops
-        out = base(module, query, key, value, mask, **kwargs)
+        with _disable_current_modes():  # The meter counts it by its shapes; flex attention would not run under one.
+            out = base(module, query, key, value, mask, **kwargs)
         self.meter.attention(layer, query, value, before)
         return out
 

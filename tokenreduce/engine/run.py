@@ -118,7 +118,11 @@ class Run:
             return
         if self._works(threading.get_ident()) and (in_compiled_call() or any(map(calls_of, self._modules()))):
             raise AttachError(f"pipeline {self.pipeline.name} cannot be detached within a forward of its own model")
-        wait_until(self._take_off, self.pipeline.name)
+        self._ongoing.gate.set(shut=True)
+        try:
+            wait_until(self._take_off, self.pipeline.name)
+        finally:
+            self._ongoing.gate.set(shut=False)
         self._local.asked = None
 
     def _take_off(self) -> bool:
@@ -165,7 +169,7 @@ class Run:
         sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
-        self._ongoing = Ongoing(host, pairs, self._tower.lock)
+        self._ongoing = Ongoing(host, pairs, self._tower.gate)
         host.take(self, pairs)
         self.shape = host.shape  # As it was measured.
         if self._layout is not None:
@@ -218,7 +222,7 @@ class Run:
         """The arguments with which the decoder is to run, None for those that it was given."""
         local = self._local
         asked, local.asked, local.await_head = local.asked, None, False
-        self._ready()
+        self._ready(kwargs)
         forget_plans(kwargs.get("past_key_values"))
         held = continued(kwargs, self._layout)
         if held is not None:  # A step of decoding: what is cheap is asked first.
@@ -257,18 +261,28 @@ class Run:
         self._ongoing.start(forward)
         return kwargs
 
-    def _ready(self) -> None:
+    def _ready(self, kwargs: dict[str, Any]) -> None:
         if self._ongoing.here() is not None:
             if calls_of(self.host.text) > 1:
                 self._local.refused = True
                 raise UnsupportedError(
                     f"{self.host.family}: called within a forward of its own, which is not supported while a pipeline is attached"
                 )
-            self._ongoing.release()  # The last forward of this thread was broken off by Ctrl-C.
+            self._undo_broken(kwargs)
         self.host.check_depth()
         if not self.host.tapped:
             raise AttachError(
                 f"{self.host.family}: its attention implementation was changed while a pipeline is attached; detach first"
+            )
+
+    def _undo_broken(self, kwargs: dict[str, Any]) -> None:
+        """The last forward of this thread was broken off by Ctrl-C, of which torch tells no hook."""
+        broken = self._ongoing.release()
+        changed, cache = broken.undo(), token_layers(kwargs.get("past_key_values"))
+        if changed and any(map(broken.holds, cache)):
+            raise UnsupportedError(
+                f"{self.host.family}: the last forward on this KV cache was broken off, and only now is it as it was before; its "
+                "length has changed, so call again"
             )
 
     def _begin_text(self, call: Call) -> None:
@@ -328,12 +342,12 @@ class Run:
         if isinstance(forward, Step):
             return
         if output is None:
-            forward.before.restore()
+            forward.undo()
         elif forward.sequences:
             try:
                 self._receive(forward)
             except BaseException:
-                forward.before.restore()
+                forward.undo()
                 raise
 
     def _receive(self, forward: Forward) -> None:

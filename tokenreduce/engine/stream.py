@@ -252,7 +252,7 @@ class Stream(Run):
         piece: Piece | None = getattr(self._local, "piece", None)
         if piece is None:
             return super().begin(text, args, kwargs)
-        self._ready()
+        self._ready(kwargs)
         call = replace(Call.read(kwargs, None), width=piece.logical)
         refuse_call(self.host.family, self.host.config, call)
         refuse_mode(self.host.family, text, self.host.config, call, self.host.recomputable())

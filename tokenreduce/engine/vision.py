@@ -21,6 +21,7 @@ from tokenreduce.engine.hooks import Hook, take_off
 from tokenreduce.engine.host import Host
 from tokenreduce.engine.layers import observe
 from tokenreduce.engine.stack import encoding
+from tokenreduce.engine.waiting import Gate
 from tokenreduce.errors import NotFiredError, PipelineError, PluginError, UnsupportedError
 from tokenreduce.reduction import Reduction
 from tokenreduce.trace import StageTrace
@@ -48,8 +49,8 @@ class _Visit:
 class NoTower:
     """A pipeline without stages in the vision tower.
 
-    modules: the tower, if there are any. busy: the threads that run it now, by their identifiers. lock: held while one begins,
-    and while the pipeline is taken off. installed: whether the hooks are on.
+    modules: the tower, if there are any. busy: the threads that run it now, by their identifiers. gate: where calls of it, and
+    of the decoder, begin. installed: whether the hooks are on.
     """
 
     modules: Sequence[nn.Module] = ()
@@ -57,7 +58,7 @@ class NoTower:
 
     def __init__(self) -> None:
         self.busy: set[int] = set()
-        self.lock = threading.Lock()
+        self.gate = Gate()
 
     def install(self) -> None:
         """Put the hooks on."""
@@ -155,7 +156,8 @@ class TowerHooks(NoTower):
                 f"{self.family}: output_attentions of a vision tower with stages in it is not supported"
             )
         frames = read_frames(self.tower, self.family, args, kwargs)
-        with self.lock:
+        with self.gate.lock:
+            self.gate.passed()
             if not self.installed:  # Taken off while this call began.
                 return None
             self.busy.add(threading.get_ident())

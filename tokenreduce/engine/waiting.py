@@ -12,6 +12,29 @@ PATIENCE = 60.0
 """Seconds that `detach` waits for a forward that runs in another thread."""
 
 
+class Gate:
+    """What forwards pass when they begin. Shut while a pipeline is taken off: then they wait, and begin without it.
+
+    lock: held while one begins or ends.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._opened = threading.Condition(self.lock)
+        self._shut = False
+
+    def passed(self) -> None:
+        """Wait until it is open. The caller holds the lock."""
+        while self._shut:
+            self._opened.wait()
+
+    def set(self, shut: bool) -> None:
+        """Shut or open it."""
+        with self.lock:
+            self._shut = shut
+            self._opened.notify_all()
+
+
 def any_other(works: Callable[[int], bool]) -> bool:
     """Whether another living thread works. works: of a thread's identifier."""
     others = (thread.ident for thread in threading.enumerate() if thread.ident != threading.get_ident())
