@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 TITLE = "Side by side: the released FrameFusion code and kvpress, on the same decoder in one run"
 LAYERS, BUDGET = 28, 0.3
-SETTINGS = ((20, 3), (40, 2))
+SETTINGS = ((20, 3),)
 """Frames, turns."""
 SHORT = 2
 """Frames of the warm-up, and of the comparison of logits."""
