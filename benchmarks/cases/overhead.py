@@ -42,7 +42,7 @@ def measure(options: Options) -> dict[str, Any]:
             _prefill(model, narrow, embeds, layout, p, 6 if options.quick else 40) for p in (EMPTY, KEEP_ALL, READ_ALL)
         ],
         "decode": [
-            _decode(narrow, short[..., :NARROW], frame, p, 4 if options.quick else 40)
+            _decode(narrow, short[..., :NARROW], frame, p, 4 if options.quick else 60)
             for p in (EMPTY, KEEP_ALL, READ_ALL, REDUCED)
         ],
     }

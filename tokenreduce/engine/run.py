@@ -205,7 +205,7 @@ class Run:
         if self.vision:
             self._tower.expect(ids, kwargs, outermost)
         refuse_outputs(self.host.family, self.host.config, kwargs)
-        if outermost:
+        if outermost and not (isinstance(ids, Tensor) and ids.shape[-1] == 1):  # Not at every token.
             self.host.check_decoder(module)
 
     def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
