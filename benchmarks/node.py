@@ -14,6 +14,7 @@ from tokenreduce.architectures import Architecture, architecture
 from tokenreduce.budget import Account
 from tokenreduce.engine.feasible import check
 from tokenreduce.engine.schedule import forecast
+from tokenreduce.memory import prefill_peak
 from tokenreduce.pipeline import build, load_pipeline
 
 GPUS = 8
@@ -104,8 +105,9 @@ def node(name: str, frames: int) -> list[str]:
     columns += ["prefill PFLOP (causal)", "of it attention pairs", "importance PFLOP", "seconds on the node"]
     held = model.tokens_per_frame * shape.hidden * (MAX_RUN * size + size + 4)
     n = model.tokens(frames)
-    whole = cost.activation_bytes(shape, [n] * shape.layers, [n] * shape.layers, size)
-    piece = cost.activation_bytes(shape, [WIDTH] * shape.layers, [WIDTH] * shape.layers, size)
+    whole, piece = (
+        prefill_peak(shape, tokens, *[[tokens] * shape.layers] * 3, size).activations for tokens in (n, WIDTH)
+    )
     traffic = 4 * n * shape.hidden * size
     return [
         f"**{name}**, {frames:,} frames, {n:,} tokens; weights {weights(shape) * size / GIB:.1f} GiB, "
