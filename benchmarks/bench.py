@@ -24,6 +24,8 @@ sys.path.insert(0, str(HERE))
 
 from harness import Options, machine  # noqa: E402
 
+from tokenreduce.errors import TokenReduceError  # noqa: E402
+
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 CASES = (
     "prefill", "prefill_bf16", "rivals", "overhead", "importance", "batch", "memory", "end_to_end", "compiled", "scale"
@@ -111,7 +113,10 @@ def main() -> None:
     for name in () if arguments.report else chosen:
         print(name, flush=True)
         started = time.perf_counter()
-        data = machine(options) | case(name).measure(options)
+        try:
+            data = machine(options) | case(name).measure(options)
+        except TokenReduceError as error:  # Sizes that a pipeline of the case cannot have.
+            parser.error(f"{name}: {error}")
         data |= {"seconds": time.perf_counter() - started, "note": arguments.note}
         if options.quick or options.sized:
             with tempfile.TemporaryDirectory() as folder:
