@@ -30,13 +30,13 @@ lint: $(VENV)/.ready  ## ruff, mypy, and the layering of the packages
 	PYTHONPATH=adapters $(BIN)/lint-imports
 
 reproduce: $(VENV)/.ready  ## the paper's tables on the embedded model (under an hour; results in docs/reproduction)
-	$(BIN)/python -m tokenreduce.reproduce
+	$(BIN)/python -m lab.reproduce
 
 bench: $(VENV)/.ready  ## benchmarks (about two hours; results in benchmarks/results and docs/benchmarks.md)
 	$(BIN)/python benchmarks/bench.py
 
 train-testbed: $(VENV)/.ready  ## train the embedded model anew (about an hour of one core, resumable)
-	$(BIN)/python -m tokenreduce.testbed.train
+	$(BIN)/python -m lab.training.train
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

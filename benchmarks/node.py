@@ -9,13 +9,13 @@ import argparse
 
 from harness import table
 
-from tokenreduce import cost
-from tokenreduce.architectures import Architecture, architecture
-from tokenreduce.budget import Account
-from tokenreduce.engine.feasible import check
-from tokenreduce.engine.schedule import forecast
-from tokenreduce.memory import prefill_peak
 from tokenreduce.pipeline import build, load_pipeline
+from tokenreduce.planning import cost
+from tokenreduce.planning.architectures import Architecture, architecture
+from tokenreduce.planning.budget import Account
+from tokenreduce.planning.feasibility import check
+from tokenreduce.planning.memory import prefill_peak
+from tokenreduce.planning.schedule import forecast
 
 GPUS = 8
 PEAK, UTILISATION = 989e12, 0.4

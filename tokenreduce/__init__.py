@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tokenreduce.budget import Budget
     from tokenreduce.engine.attach import Run, attach, detach, reduce
-    from tokenreduce.engine.stream import Stream, stream
+    from tokenreduce.engine.streaming.stream import Stream, stream
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.layout import TokenLayout
     from tokenreduce.models import load_model, prepare
     from tokenreduce.pipeline import Pipeline, load_pipeline
+    from tokenreduce.planning.budget import Budget
     from tokenreduce.reduction import Reduction
     from tokenreduce.trace import Trace
 
 _HOME = {
-    "Budget": "tokenreduce.budget",
+    "Budget": "tokenreduce.planning.budget",
     "Pipeline": "tokenreduce.pipeline",
     "Reduction": "tokenreduce.reduction",
     "Run": "tokenreduce.engine.attach",
-    "Stream": "tokenreduce.engine.stream",
+    "Stream": "tokenreduce.engine.streaming.stream",
     "TokenLayout": "tokenreduce.layout",
     "TokenReduceError": "tokenreduce.errors",
     "Trace": "tokenreduce.trace",
@@ -32,7 +32,7 @@ _HOME = {
     "load_pipeline": "tokenreduce.pipeline",
     "prepare": "tokenreduce.models",
     "reduce": "tokenreduce.engine.attach",
-    "stream": "tokenreduce.engine.stream",
+    "stream": "tokenreduce.engine.streaming.stream",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from harness import HIDDEN, Options, decoder, paired_ratio, spread, summary, table, take_turns, video
 
 import tokenreduce as tr
-from tokenreduce.engine import forward as engine
+from tokenreduce.engine.forward.state import state as engine
 
 LAYERS, ROWS = 8, 4
 TITLE = f"Batch of {ROWS}: {LAYERS} layers of width {HIDDEN}, C = 0.3"

@@ -15,9 +15,9 @@ from transformers import Qwen2Config, SiglipVisionConfig
 
 import tokenreduce as tr
 from tokenreduce.compare.statistics import paired_bootstrap
-from tokenreduce.cost import DecoderShape, prefill_flops
 from tokenreduce.models import prepare
-from tokenreduce.models.llava_video import LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from tokenreduce.models.llava_video.modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from tokenreduce.planning.cost import DecoderShape, prefill_flops
 from tokenreduce.testbed.clips import clip_paths
 from tokenreduce.testbed.embedded import IMAGE, VIDEO, WEIGHTS, load_embedded, read_saved_tokenizer
 from tokenreduce.testbed.needle import NeedleSpec, NeedleTask

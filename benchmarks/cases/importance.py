@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tokenreduce as tr
-from tokenreduce.engine.forward import Forward
-from tokenreduce.engine.hooks import Hook
+from tokenreduce.engine.forward.state import Forward
+from tokenreduce.engine.model.hooks import Hook
 from tokenreduce.ops.attention import importance
 
 TITLE = "Importance: cumulative attention without an N×N matrix"

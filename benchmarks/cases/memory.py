@@ -21,14 +21,14 @@ from harness import HIDDEN, SLOTS, TEXT, Options, Row, decoder, in_fresh_process
 from transformers import DynamicCache
 
 import tokenreduce as tr
-from tokenreduce.budget import Account, Budget
 from tokenreduce.cli import main
-from tokenreduce.cost import DecoderShape, kv_bytes
-from tokenreduce.engine.feasible import read_later
-from tokenreduce.engine.schedule import forecast
-from tokenreduce.memory import Peak, prefill_peak
 from tokenreduce.ops.similarity import cosine_to, previous_in_slot
 from tokenreduce.pipeline import build, load_pipeline
+from tokenreduce.planning.budget import Account, Budget
+from tokenreduce.planning.cost import DecoderShape, kv_bytes
+from tokenreduce.planning.feasibility import read_later
+from tokenreduce.planning.memory import Peak, prefill_peak
+from tokenreduce.planning.schedule import forecast
 
 TITLE = "Memory"
 BUDGET, THRESHOLD = 0.3, 0.6

@@ -10,8 +10,8 @@ from harness import HIDDEN, Options, Row, decoder, paired_ratio, spread, summary
 from matplotlib.figure import Figure
 
 import tokenreduce as tr
-from tokenreduce.cost import DecoderShape, prefill_flops
 from tokenreduce.errors import BudgetError
+from tokenreduce.planning.cost import DecoderShape, prefill_flops
 
 LAYERS = 24
 TITLE = f"Prefill: {LAYERS} layers of width {HIDDEN}, video-like embeddings"

@@ -10,7 +10,7 @@ from harness import HIDDEN, Options, Row, decoder, summary, table, take_turns
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from cases.prefill import LAYERS, Setting, measured, rows_table
-from tokenreduce.cost import DecoderShape, attention_pairs, prefill_flops
+from tokenreduce.planning.cost import DecoderShape, attention_pairs, prefill_flops
 
 TITLE = f"Prefill in bfloat16: {LAYERS} layers of width {HIDDEN}"
 SETTINGS: tuple[Setting, ...] = ((20, torch.bfloat16, (0.3,), 3), (40, torch.bfloat16, (0.3,), 3))

@@ -9,7 +9,7 @@ from typing import Any
 from worker import Arm, Facts, Video, serve
 
 import tokenreduce as tr
-from tokenreduce.cost import DecoderShape, prefill_flops
+from tokenreduce.planning.cost import DecoderShape, prefill_flops
 
 PREFILL = ("framefusion", "framefusion_official", "fastv")
 """Pipelines that remove hidden states, so that token counts say what FLOPs the prefill has."""

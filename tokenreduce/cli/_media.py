@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenreduce.errors import MediaError
+from tokenreduce.media.video import FPS, VideoClip, probe, read_frames, sample_indices
 from tokenreduce.testbed.embedded import EMBEDDED, MAX_FRAMES
-from tokenreduce.video import FPS, VideoClip, probe, read_frames, sample_indices
 
 DEMO = "demo"
 DEFAULT_QUESTION = "Describe the video."

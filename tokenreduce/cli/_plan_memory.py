@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokenreduce.architectures import Architecture
-from tokenreduce.budget import Account
 from tokenreduce.cli._output import print_json, print_table
-from tokenreduce.cost import kv_bytes
 from tokenreduce.errors import BudgetError, TokenReduceError
-from tokenreduce.memory import Peak, largest, prefill_peak
+from tokenreduce.planning.architectures import Architecture
+from tokenreduce.planning.budget import Account
+from tokenreduce.planning.cost import kv_bytes
+from tokenreduce.planning.memory import Peak, largest, prefill_peak
 
 GIB = 2**30
 

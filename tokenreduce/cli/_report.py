@@ -12,9 +12,9 @@ import torch
 from tokenreduce import plugins
 from tokenreduce.adapter import Prompt
 from tokenreduce.cli._media import Asking
+from tokenreduce.compare.side_by_side import Arm
 from tokenreduce.layout import TokenLayout
-from tokenreduce.pictures import comparison_sheet, frame_grid, kept_patches, tokens_per_layer
-from tokenreduce.runner import Arm
+from tokenreduce.media.pictures import comparison_sheet, frame_grid, kept_patches, tokens_per_layer
 
 
 def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequence[Arm], asking: Asking) -> list[str]:

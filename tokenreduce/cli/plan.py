@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tokenreduce.architectures import Architecture
-    from tokenreduce.budget import Account
     from tokenreduce.pipeline import Pipeline
+    from tokenreduce.planning.architectures import Architecture
+    from tokenreduce.planning.budget import Account
 
 BLOCKS = "▏▎▍▌▋▊▉█"
 
@@ -40,10 +40,10 @@ def plan(
       tokenreduce plan fastv streaming_llm --model path/to/config.json --budget 0.2 --output plan.png
       tokenreduce plan framefusion fastv --model llava-video-7b --memory 24GiB
     """
-    from tokenreduce.architectures import architecture
     from tokenreduce.cli._output import print_json
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import load_pipeline
+    from tokenreduce.planning.architectures import architecture
 
     if output is not None and output.exists() and not force:
         raise TokenReduceError(f"{output} exists; give another --output, or --force to overwrite it")
@@ -74,11 +74,11 @@ def plan(
 
 
 def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, similar: float) -> Account:
-    from tokenreduce.budget import Account
-    from tokenreduce.engine.feasible import check
-    from tokenreduce.engine.schedule import forecast
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import build
+    from tokenreduce.planning.budget import Account
+    from tokenreduce.planning.feasibility import check
+    from tokenreduce.planning.schedule import forecast
 
     strategies = build(pipeline)
     total, reducible = arch.tokens(frames), arch.vision_tokens(frames)
@@ -93,9 +93,9 @@ def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, simila
 
 def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar: float, json: bool) -> None:
     from tokenreduce.cli._plan_memory import Plan, dense, show
-    from tokenreduce.engine.feasible import read_later, spans
-    from tokenreduce.memory import parse_bytes
     from tokenreduce.pipeline import build
+    from tokenreduce.planning.feasibility import read_later, spans
+    from tokenreduce.planning.memory import parse_bytes
 
     available, arch = parse_bytes(memory), arch.counted()
     plans = {"dense": dense(arch)}
@@ -124,7 +124,7 @@ def _tower_lines(pipeline: Pipeline) -> list[str]:
 
 
 def _data(account: Account) -> dict[str, Any]:
-    from tokenreduce.cost import kv_bytes, layer_flops, prefill_flops
+    from tokenreduce.planning.cost import kv_bytes, layer_flops, prefill_flops
 
     shape, n = account.shape, account.total
     dense = [n] * shape.layers
@@ -194,9 +194,9 @@ def _bar(share: float, width: int = 24) -> str:
 
 
 def _draw(plans: dict[str, Account], output: Path) -> None:
-    from tokenreduce.cost import layer_flops
     from tokenreduce.errors import TokenReduceError
-    from tokenreduce.pictures import plan_plot
+    from tokenreduce.media.pictures import plan_plot
+    from tokenreduce.planning.cost import layer_flops
 
     some = next(iter(plans.values()))
     dense = layer_flops(some.shape, some.total, some.total)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tokenreduce.runner import Arm
+    from tokenreduce.compare.side_by_side import Arm
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
     folder = output or Path("runs") / asking.name
     _check_folder(folder, force)
 
-    from tokenreduce.runner import measure, name_arms
+    from tokenreduce.compare.side_by_side import measure, name_arms
 
     arms = name_arms(pipelines)
     loaded, note = asking.load()

@@ -13,9 +13,9 @@ from tokenreduce.compare.arms import Arm
 from tokenreduce.compare.measure import NOTHING, Bench
 from tokenreduce.compare.statistics import shuffled_agreement, wilson
 from tokenreduce.compare.tasks import Item
-from tokenreduce.engine.asked import flag
 from tokenreduce.errors import NotFiredError, TokenReduceError
 from tokenreduce.pipeline import Pipeline, build
+from tokenreduce.plugin_checks import flag
 
 FIRED_WITHIN = 3
 """Examples in which every arm must have reduced something at least once."""

@@ -19,12 +19,12 @@ from tokenreduce.compare.arms import Arm
 from tokenreduce.compare.conversation import Reply, Speaker, converse, kl_divergence, now
 from tokenreduce.compare.memory import Peak
 from tokenreduce.compare.tasks import Item
-from tokenreduce.cost import DecoderShape, layer_flops, prefill_flops
 from tokenreduce.engine.attach import attach
 from tokenreduce.engine.run import Run
 from tokenreduce.errors import MediaError, TokenReduceError, UnsupportedError
 from tokenreduce.models import load_model, prepare
 from tokenreduce.pipeline import Pipeline
+from tokenreduce.planning.cost import DecoderShape, layer_flops, prefill_flops
 from tokenreduce.testbed.embedded import EMBEDDED, MAX_FRAMES, load_embedded
 
 NOTHING = Pipeline.model_validate({"name": "dense", "stages": []})

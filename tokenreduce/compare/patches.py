@@ -16,8 +16,8 @@ from tokenreduce.adapter import Prompt
 from tokenreduce.compare.measure import Bench, Outcome
 from tokenreduce.compare.tasks import Item
 from tokenreduce.errors import MediaError
-from tokenreduce.pictures import frame_grid, patch_positions, patch_states, render_frame
-from tokenreduce.video import FPS, MAX_FRAMES, probe, read_frames, sample_indices
+from tokenreduce.media.pictures import frame_grid, patch_positions, patch_states, render_frame
+from tokenreduce.media.video import FPS, MAX_FRAMES, probe, read_frames, sample_indices
 
 FRAMES, SIDE, GAP = 8, 144, 4
 """Frames in a strip at most, pixels of the longer side of one, and between two."""

@@ -17,8 +17,8 @@ from tokenreduce.compare.settings import Settings
 from tokenreduce.compare.store import Store, Unit
 from tokenreduce.compare.summary import summarise
 from tokenreduce.compare.tasks import Task
+from tokenreduce.config.yaml_source import parse_yaml
 from tokenreduce.pipeline import load_pipeline
-from tokenreduce.yaml_source import parse_yaml
 
 REPORT_EVERY = 60.0
 """Seconds between two reports while a comparison runs."""

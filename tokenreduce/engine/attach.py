@@ -11,7 +11,7 @@ from torch import nn
 
 from tokenreduce import plugins
 from tokenreduce.adapter import ModelAdapter
-from tokenreduce.engine.host import uncompiled
+from tokenreduce.engine.model.host import uncompiled
 from tokenreduce.engine.run import Run, attached
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout

@@ -8,15 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenreduce import cost
 from tokenreduce.adapter import ModelAdapter, Prompt
-from tokenreduce.budget import Account
-from tokenreduce.engine import call as calls
-from tokenreduce.engine.adopted import adopt, forget_plans, refuse_cache, token_layers
-from tokenreduce.engine.asked import sites_of
-from tokenreduce.engine.cache import KvPlan, TokenLayer
-from tokenreduce.engine.call import Call
-from tokenreduce.engine.checks import (
+from tokenreduce.engine.active import Ongoing
+from tokenreduce.engine.cache.adopt import adopt, forget_plans, refuse_cache, token_layers
+from tokenreduce.engine.cache.layers import KvPlan, TokenLayer
+from tokenreduce.engine.compiled.state import CompiledForward
+from tokenreduce.engine.forward.call import Call
+from tokenreduce.engine.forward.decode_step import Step, any_reduced, continued
+from tokenreduce.engine.forward.receipt import receipt
+from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.forward.state import Forward
+from tokenreduce.engine.forward import call as calls
+from tokenreduce.engine.model.callers import calls_of, in_compiled_call, working
+from tokenreduce.engine.model.gate import any_other, wait_until
+from tokenreduce.engine.model.host import Host
+from tokenreduce.engine.refusals import (
     check_ran,
     check_spent,
     compiled,
@@ -26,20 +32,14 @@ from tokenreduce.engine.checks import (
     refuse_outputs,
     refuse_packed,
 )
-from tokenreduce.engine.compiled import CompiledForward
-from tokenreduce.engine.feasible import check_layout, check_pipeline
-from tokenreduce.engine.forward import Forward
-from tokenreduce.engine.host import Host
-from tokenreduce.engine.ongoing import Ongoing
-from tokenreduce.engine.receipt import receipt
-from tokenreduce.engine.sequence import Sequence
-from tokenreduce.engine.stack import calls_of, in_compiled_call, working
-from tokenreduce.engine.step import Step, any_reduced, continued
-from tokenreduce.engine.vision import NoTower, TowerHooks
-from tokenreduce.engine.waiting import any_other, wait_until
+from tokenreduce.engine.tower.hooks import NoTower, TowerHooks
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
+from tokenreduce.planning import cost
+from tokenreduce.planning.budget import Account
+from tokenreduce.planning.feasibility import check_layout, check_pipeline
+from tokenreduce.plugin_checks import sites_of
 from tokenreduce.trace import Trace
 
 

@@ -82,8 +82,8 @@ class Family(ABC):
 
 def families() -> tuple[Family, ...]:
     """The families that tokenreduce loads itself."""
-    from tokenreduce.models.llava_video_family import LlavaVideoFamily
-    from tokenreduce.models.minicpm_v_family import MiniCPMVFamily
+    from tokenreduce.models.llava_video.family import LlavaVideoFamily
+    from tokenreduce.models.minicpm_v.family import MiniCPMVFamily
 
     return (LlavaVideoFamily(), MiniCPMVFamily())
 

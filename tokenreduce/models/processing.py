@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from tokenreduce.errors import CheckpointError, MediaError, UnsupportedError
+from tokenreduce.media.video import FPS, MAX_FRAMES, VideoClip, VideoInfo, probe, read_frames, sample_indices
 from tokenreduce.models.loading import family_of, one_line, read_json
-from tokenreduce.video import FPS, MAX_FRAMES, VideoClip, VideoInfo, probe, read_frames, sample_indices
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 Video = str | Path | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]

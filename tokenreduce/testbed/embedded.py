@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
 
 from tokenreduce.models import load_model
-from tokenreduce.models.llava_video import LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from tokenreduce.models.llava_video.modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
 from tokenreduce.testbed.glyphs import COLOURS, DIGITS
 
 EMBEDDED = "embedded"

@@ -1,0 +1,275 @@
+"""Attach and detach: what a model is afterwards, whatever happened in between."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from support.families import FAMILIES, Text, Video
+from support.tiny import PRESETS, SHARE, assert_same, generate, hooks, layout, logits, prompt, snapshot, tiny_model
+
+import tokenreduce as tr
+from tokenreduce.engine.attach import detach
+from tokenreduce.errors import AttachError, BudgetError, TokenReduceError
+from tokenreduce.hookspecs import hookimpl
+from tokenreduce.plugins import manager
+
+
+class StopError(Exception):
+    """An error that is not ours."""
+
+
+def raising(error: type[BaseException]) -> Any:
+    def hook(*_: Any) -> None:
+        raise error("stop")
+
+    return hook
+
+
+# Undo -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_after_detach(preset: str, attention: str) -> None:
+    model = tiny_model(attention)
+    before, dense = snapshot(model), logits(model)
+    with tr.reduce(model, preset, budget=SHARE, layout=layout()) as run:
+        assert hooks(model) > 0
+        reduced = logits(model)
+        generate(model)
+        assert run.trace.stages
+    assert_same(model, before)
+    assert torch.equal(logits(model), dense)
+    assert not torch.equal(reduced[:, -1], dense[:, -1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_after_detach_of_every_family(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model()
+    sample = family.sample([[Text(3), Video(3) if family.video else Text(2), Text(4)]])
+    before = snapshot(model)
+    with torch.no_grad():
+        dense = model(**sample.inputs).logits
+        before = snapshot(model)
+        with tr.reduce(model, "random", budget=SHARE):
+            model(**sample.inputs)
+        assert_same(model, before)
+        assert torch.equal(model(**sample.inputs).logits, dense)
+
+
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["layers.0", "layers.2.mlp", "layers.3.self_attn.q_proj", "norm"])
+def test_after_an_error_inside_a_layer(where: str, error: type[BaseException]) -> None:
+    model = tiny_model()
+    dense = logits(model)
+    handle = model.model.get_submodule(where).register_forward_hook(raising(error))
+    before = snapshot(model)
+    with pytest.raises(error), tr.reduce(model, "framefusion", budget=SHARE, layout=layout()):
+        generate(model)
+    assert_same(model, before)
+    handle.remove()
+    assert torch.equal(logits(model), dense)
+
+
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
+def test_a_broken_forward_leaves_the_next_one_alone(error: type[BaseException]) -> None:
+    """Still attached after Ctrl-C: the next prompt is reduced like any other, and a text prompt runs dense."""
+    model = tiny_model()
+    text = prompt()[:, :9]
+    dense = logits(model, text)
+    with tr.reduce(model, "framefusion", budget=SHARE, layout=layout()) as run:
+        expected = logits(model)
+        handle = model.model.layers[2].register_forward_hook(raising(error))
+        with pytest.raises(error):
+            logits(model)
+        handle.remove()
+        assert torch.equal(logits(model), expected)
+        handle = model.model.layers[2].register_forward_hook(raising(error))
+        with pytest.raises(error):
+            logits(model)
+        handle.remove()
+        run.layout = tr.TokenLayout.text(1, 9)
+        assert torch.equal(logits(model, text), dense)
+
+
+def test_after_an_error_inside_generate() -> None:
+    model = tiny_model()
+    before, dense = snapshot(model), generate(model)
+    calls = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(ids.shape)
+        if len(calls) == 3:
+            raise StopError
+        return scores
+
+    with pytest.raises(StopError), tr.reduce(model, "fastv", budget=SHARE, layout=layout()):
+        generate(model, logits_processor=[processor])
+    assert_same(model, before)
+    assert torch.equal(generate(model).sequences, dense.sequences)
+
+
+def test_after_an_error_inside_an_observer() -> None:
+    class Observer:
+        @hookimpl
+        def tokenreduce_observe(self, event: Any) -> None:
+            raise StopError
+
+    model, observer = tiny_model(), Observer()
+    before, dense = snapshot(model), logits(model)
+    manager().register(observer, "observer:failing")
+    try:
+        with (
+            pytest.raises(
+                TokenReduceError, match=r"observer of stage fastv at layer\[2\].pre_attention failed: StopError"
+            ),
+            tr.reduce(model, "fastv", budget=SHARE, layout=layout()),
+        ):
+            logits(model)
+    finally:
+        manager().unregister(observer)
+    assert_same(model, before)
+    assert torch.equal(logits(model), dense)
+
+
+def test_after_a_refused_budget() -> None:
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(BudgetError):
+        tr.attach(model, "fastv", budget=0.01, layout=layout())
+    assert_same(model, before)
+
+
+def test_after_ctrl_c_while_attaching() -> None:
+    model = tiny_model()
+    handle = model.model.layers[1].register_forward_hook(raising(KeyboardInterrupt))
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        tr.attach(model, "fastv", budget=SHARE, layout=layout())
+    assert_same(model, before)
+    handle.remove()
+    tr.attach(model, "fastv", budget=SHARE, layout=layout()).detach()
+
+
+def test_a_training_model_stays_in_training() -> None:
+    model = tiny_model().train()
+    model.model.layers[1].eval()
+    before = snapshot(model)
+    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    assert_same(model, before)
+
+
+# Order ----------------------------------------------------------------------------------------------------------------
+
+
+def test_attach_twice() -> None:
+    model = tiny_model()
+    before = snapshot(model)
+    with tr.reduce(model, "fastv", budget=SHARE, layout=layout()):
+        expected = logits(model)
+        for other in ("fastv", "random"):
+            with pytest.raises(AttachError, match="pipeline fastv is attached to this model already; detach it first"):
+                tr.attach(model, other, budget=SHARE, layout=layout())
+        with pytest.raises(AttachError), tr.reduce(model.model, "random", budget=SHARE, layout=layout()):
+            pass
+        assert torch.equal(logits(model), expected)
+    assert_same(model, before)
+
+
+def test_detach_twice_and_in_the_wrong_order() -> None:
+    one, two = tiny_model(seed=1), tiny_model(seed=2)
+    before = snapshot(one), snapshot(two)
+    first = tr.attach(one, "fastv", budget=SHARE, layout=layout())
+    second = tr.attach(two, "random", budget=SHARE, layout=layout())
+    first.detach()
+    first.detach()
+    assert_same(one, before[0])
+    assert hooks(two) > 0
+    again = tr.attach(one, "random", budget=SHARE, layout=layout())
+    first.detach()  # A run that is off does not take another one off.
+    assert again.attached
+    assert hooks(one) > 0
+    second.detach()
+    again.detach()
+    assert_same(one, before[0])
+    assert_same(two, before[1])
+
+
+def test_a_run_lives_as_long_as_its_model() -> None:
+    """Nobody keeps the run: the pipeline stays on, and `detach(model)` takes it off; it does not keep the model alive."""
+    model = tiny_model()
+    before, dense = snapshot(model), logits(model)
+    tr.attach(model, "random", budget=SHARE, layout=layout())
+    gc.collect()
+    assert not torch.equal(logits(model), dense)
+    detach(model)
+    assert_same(model, before)
+    with pytest.raises(AttachError, match="no pipeline is attached to this Qwen2ForCausalLM"):
+        detach(model)
+    run = tr.attach(model, "random", budget=SHARE, layout=layout())
+    logits(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    run.detach()
+
+
+def test_a_trace_that_is_not_there() -> None:
+    model = tiny_model()
+    with tr.reduce(model, "random", budget=SHARE, layout=layout()) as run, pytest.raises(AttachError, match="no trace"):
+        _ = run.trace
+
+
+def test_attention_changed_while_attached() -> None:
+    model = tiny_model()
+    before = snapshot(model)
+    with tr.reduce(model, "random", budget=SHARE, layout=layout()):
+        model.set_attn_implementation("eager")
+        with pytest.raises(AttachError, match="attention implementation was changed"):
+            logits(model)
+    assert_same(model, before)
+
+
+# Nothing to do --------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_pipeline_adds_no_hook() -> None:
+    model = tiny_model()
+    before, dense = snapshot(model), logits(model)
+    with tr.reduce(model, {"name": "nothing", "stages": []}) as run:
+        assert_same(model, before)
+        assert torch.equal(logits(model), dense)
+        with pytest.raises(AttachError, match="an empty pipeline adds no hook"):
+            _ = run.trace
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_pipeline_that_keeps_all_changes_no_bit(preset: str, attention: str) -> None:
+    model = tiny_model(attention)
+    loaded = tr.load_pipeline(preset).model_dump(exclude_none=True, by_alias=True)
+    loaded["budget"] = {**(loaded.get("budget") or {}), "tokens": 1.0}
+    for stage in loaded["stages"]:
+        if "keep" in stage:
+            stage["keep"] = 1.0
+    ids, mask = torch.cat([prompt(rows=2)]), torch.ones(2, prompt().shape[1], dtype=torch.long)
+    mask[1, :2] = 0
+    streaming = preset == "streaming_llm"  # Its span moves on with each generated token: only the prefill keeps all.
+    tokens = 1 if streaming else 6
+    both = tr.TokenLayout(slot=layout().slot.expand(2, -1), frame=layout().frame.expand(2, -1))
+    dense = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    generated = generate(model, tokens=tokens).logits
+    with torch.no_grad(), tr.reduce(model, loaded, layout=both) as run:
+        reduced = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        assert torch.equal(reduced, dense)
+        run.layout = layout()
+        for ours, theirs in zip(generate(model, tokens=tokens).logits, generated, strict=True):
+            assert torch.equal(ours, theirs)
+        assert run.trace.relative_tokens == [1.0]

@@ -1,0 +1,91 @@
+"""The forwards of an attachment that go on, and what is on the model only while they do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from tokenreduce.adapter import FfnPair
+from tokenreduce.engine.cache.layers import running
+from tokenreduce.engine.compiled.layer_hooks import TracedHooks
+from tokenreduce.engine.compiled.state import CompiledForward
+from tokenreduce.engine.forward.decode_step import Step
+from tokenreduce.engine.forward.layer_hooks import LayerHooks
+from tokenreduce.engine.forward.state import Forward
+from tokenreduce.engine.model.gate import Gate
+from tokenreduce.engine.model.host import Host
+
+
+class Ongoing:
+    """At most one forward in each thread. The layers' hooks are on while one of them needs them.
+
+    gate: where they begin. closed: whether the pipeline has been taken off.
+    """
+
+    def __init__(self, host: Host, pairs: Mapping[int, FfnPair], gate: Gate) -> None:
+        self.gate, self.lock, self.closed = gate, gate.lock, False
+        self._beginning = set[int]()
+        self.layer_hooks = LayerHooks(host.layers, pairs, self.reducing, host.family)
+        self.traced_hooks = TracedHooks(host.layers, pairs)
+        self._forwards: dict[int, Forward | Step] = {}
+
+    def here(self) -> Forward | Step | None:
+        """The one of this thread. At nearly every token there is none in any."""
+        return self._forwards.get(threading.get_ident()) if self._forwards else None
+
+    def reducing(self) -> Forward | None:
+        """The one of this thread, if the hooks of uncompiled layers are for it."""
+        forward = self.here()
+        if not isinstance(forward, Forward) or isinstance(forward, CompiledForward):
+            return None
+        return forward if forward.sequences else None
+
+    def within(self, thread: int) -> bool:
+        """Whether one begins or goes on in `thread`, or was broken off there."""
+        return thread in self._beginning or thread in self._forwards
+
+    def enter(self) -> bool:
+        """A call of the decoder begins in this thread. False: its hooks were there still, but the pipeline is not."""
+        with self.lock:
+            if threading.get_ident() not in self._forwards:  # What is called within a forward will be refused.
+                self.gate.passed()
+            if not self.closed:
+                self._beginning.add(threading.get_ident())
+            return not self.closed
+
+    def entered(self) -> None:
+        """What had to be done before the decoder is done."""
+        self._beginning.discard(threading.get_ident())
+
+    def start(self, forward: Forward | Step) -> None:
+        """`forward` begins in this thread. In one step, so that a thread that ends here cannot take the hooks off in between."""
+        with self.lock:
+            self._forwards[threading.get_ident()] = forward
+            if forward.sequences:
+                (self.traced_hooks if isinstance(forward, CompiledForward) else self.layer_hooks).install()
+        forward.outer, running.forward = running.forward, forward
+
+    def release(self) -> Forward | Step:
+        """The one of this thread has ended, or was broken off."""
+        with self.lock:
+            forward = self._forwards.pop(threading.get_ident())
+            forward.over = True
+            running.forward = None if forward.outer is None or forward.outer.over else forward.outer
+            if not any(other.sequences for other in self._forwards.values()):
+                self._remove_hooks()
+            return forward
+
+    def close(self) -> None:
+        """Forget all of them, the broken-off ones of other threads too, and let none begin. The caller holds the lock."""
+        self.closed = True
+        if running.forward in self._forwards.values():
+            running.forward = None
+        for forward in self._forwards.values():
+            forward.over = True
+            forward.undo()
+        self._forwards.clear()
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        self.layer_hooks.remove()
+        self.traced_hooks.remove()

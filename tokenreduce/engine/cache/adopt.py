@@ -1,0 +1,106 @@
+"""A user's own KV cache: refused by name, or adopted; and as it was before, once a forward has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tokenreduce.engine.cache.layers import TokenLayer
+from tokenreduce.errors import UnsupportedError
+
+
+def refuse_cache(cache: Any) -> None:
+    """UnsupportedError, naming the cache, where it is not a plain DynamicCache."""
+    name = type(cache).__name__
+    if not isinstance(cache, DynamicCache):
+        raise UnsupportedError(f"{name} is not supported: token reduction needs a DynamicCache")
+    if cache.offloading:
+        raise UnsupportedError("an offloaded KV cache is not supported: token reduction needs a plain DynamicCache")
+    for method in ("update", "get_seq_length", "get_mask_sizes"):
+        if getattr(getattr(cache, method), "__func__", None) is not getattr(DynamicCache, method):
+            raise UnsupportedError(
+                f"{name} with a method `{method}` of its own is not supported: token reduction needs a plain DynamicCache"
+            )
+
+
+def seen_tokens(cache: Any) -> int:
+    """Tokens that a cache has seen, as transformers counts. UnsupportedError where it is no cache at all."""
+    if not hasattr(cache, "get_seq_length"):
+        refuse_cache(cache)
+    return int(cache.get_seq_length())
+
+
+def forget_plans(cache: Any) -> None:
+    """Drop what a forward that failed has planned for `cache`, whatever it is: the next one has plans of its own."""
+    for layer in token_layers(cache):
+        layer.plan = None
+
+
+def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLayer]:
+    """Swap the layers of `cache` for TokenLayers, in place, so that a user's own cache object goes on working.
+
+    valid: (B, held) bool, False where the tokens of earlier turns are padding.
+
+    Raises UnsupportedError, naming the cache, where it is not a plain DynamicCache.
+    """
+    refuse_cache(cache)
+    layers: list[TokenLayer] = []
+    for place in range(depth):
+        old = cache.layers[place] if place < len(cache.layers) else None
+        if isinstance(old, TokenLayer):
+            layers.append(old)
+            continue
+        if old is not None and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedError(
+                f"a cache with a {type(old).__name__} is not supported: token reduction needs a plain DynamicCache"
+            )
+        layer = TokenLayer(place)
+        if old is not None and old.is_initialized and old.get_seq_length():
+            if old.get_seq_length() != old.keys.shape[-2]:
+                raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
+            layer.lazy_initialization(old.keys, old.values)
+            layer.keys, layer.values = old.keys, old.values
+            layer.real = valid
+        layers.append(layer)
+    cache.layers[:] = layers
+    return layers
+
+
+def token_layers(cache: Any) -> list[TokenLayer]:
+    """The layers of a cache that the engine has adopted; empty for any other."""
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return layers if layers and isinstance(layers[0], TokenLayer) else []
+
+
+class Before:
+    """What the layers of a cache were before a forward: keys and values by their number alone, which holds no memory."""
+
+    def __init__(self, layers: Sequence[TokenLayer]) -> None:
+        self.layers: list[tuple[TokenLayer, int, dict[str, Any]]] = []
+        for layer in layers:
+            layer.shed = False
+            rest = {
+                name: value for name, value in vars(layer).items() if name not in ("keys", "values", "plan", "seen")
+            }
+            self.layers.append((layer, layer.held, rest))
+
+    def restore(self) -> bool:
+        """Drop what has come since; whether that was anything.
+
+        Where a span has dropped older tokens, they are lost, and the cache is broken."""
+        changed = any(layer.logical != held + rest["gone"] for layer, held, rest in self.layers)
+        broken = any(layer.shed and held for layer, held, _ in self.layers)
+        for layer, held, rest in self.layers:
+            if not held:
+                layer.reset()
+            elif layer.held > held:
+                # Copied, so that the longer tensor goes.
+                layer.keys, layer.values = layer.keys[:, :, :held].clone(), layer.values[:, :, :held].clone()
+            layer.__dict__.update(rest, plan=None, seen=(None, None))
+            layer.is_initialized = layer.is_initialized and bool(held)
+            layer.broken |= broken
+            layer.reduced |= broken
+        return changed

@@ -1,0 +1,84 @@
+"""What a compiled graph has to know of a forward before it runs: where stages will act, and how many tokens they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+
+from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.planning.budget import Account
+from tokenreduce.planning.schedule import Conductor, forecast
+from tokenreduce.strategy import Site, SiteKind, Strategy
+
+MOMENTS: tuple[SiteKind | None, ...] = ("pre_attention", "kv", "pre_ffn", None)
+"""What a layer passes, in order: its sites, and its end."""
+
+
+@dataclass
+class Visit:
+    """What the graph knows of a site where stages act. layer, moment: the site. counts: tokens of each row afterwards.
+
+    padded: whether rows then differ in length. changes: whether any token goes. reads: whether a stage reads attention there.
+    """
+
+    layer: int
+    moment: int
+    counts: list[int]
+    padded: bool
+    changes: bool
+    reads: bool
+
+
+@dataclass
+class Step:
+    """One layer: what happens before its attention and before its FFN, whether deepstack rows come after it, and what follows.
+
+    Layers are a chain and not a numbered list, so that layers in which the same happens share one graph.
+    """
+
+    number: int
+    before: Visit | None
+    ffn: Visit | None
+    deep: bool
+    following: Step | None
+
+    @property
+    def read(self) -> bool:
+        """Whether the next stage reads the attention of this layer."""
+        after = None if self.following is None else self.following.before
+        return (self.ffn is not None and self.ffn.reads) or (after is not None and after.reads)
+
+
+def chain(sequences: Many[Sequence], strategies: Many[Strategy], deepstack: int) -> Step:
+    """The step that leads to layer 0, from a forecast of all counts. deepstack: how many layers have rows added after them."""
+    conductors = [_forecast(sequence, strategies if sequence.conductor.runs else ()) for sequence in sequences]
+    asked: dict[Site, bool] = {}
+    for conductor in conductors:
+        for site, run in conductor.asked:
+            asked[site] = asked.get(site, False) or run.strategy.capabilities.attention
+    accounts = [conductor.account for conductor in conductors]
+    depth = accounts[0].shape.layers
+    before, visits = [len(sequence) for sequence in sequences], {}
+    for layer in range(depth):
+        for moment in (0, 2):
+            counts = [(account.ffn if moment else account.attn)[layer] for account in accounts]
+            site = Site(layer, MOMENTS[moment])  # type: ignore[arg-type]
+            if site in asked:
+                visits[layer, moment] = Visit(
+                    layer, moment, counts, len(set(counts)) > 1, counts != before, asked[site]
+                )
+            before = counts
+    step: Step | None = None
+    for layer in reversed(range(depth)):
+        step = Step(layer, visits.get((layer, 0)), visits.get((layer, 2)), layer < deepstack, step)
+    return Step(-1, None, None, False, step)
+
+
+def _forecast(sequence: Sequence, strategies: Many[Strategy]) -> Conductor:
+    """The counts of `sequence` in every layer, as `tokenreduce plan` knows them."""
+    own = sequence.conductor.account
+    account = Account(own.budget, own.shape, own.total, own.reducible, own.cache_bytes)
+    frames = torch.stack([sequence.medium, sequence.frame])[:, sequence.reducible].unique(dim=1).shape[1]
+    return forecast(strategies, account, frames=max(frames, 1))

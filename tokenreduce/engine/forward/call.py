@@ -1,0 +1,174 @@
+"""One call of the decoder: what came in, where its vision tokens are, and the sequences to work on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapter import ModelAdapter, Prompt
+from tokenreduce.engine.cache.adopt import seen_tokens
+from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.model.callers import draft_length, in_generation
+from tokenreduce.errors import LayoutError
+from tokenreduce.layout import TokenLayout
+from tokenreduce.planning.budget import Account
+from tokenreduce.planning.feasibility import check
+from tokenreduce.planning.schedule import Conductor
+from tokenreduce.strategy import Strategy
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of the decoder with `width` new tokens in each of `batch` rows, after `past` (logical) tokens in `cache`.
+
+    mask: whatever was given as one. prompt: what the outer model was called with, where it saw token ids. draft: how many of
+    the new tokens, the last ones, assisted decoding only guesses: it prefills with its first guess behind the prompt.
+    """
+
+    batch: int
+    width: int
+    past: int
+    device: torch.device
+    cache: Any
+    mask: Any
+    position_ids: Tensor | None
+    prompt: Prompt | None
+    output_attentions: bool
+    draft: int = 0
+
+    @classmethod
+    def read(cls, kwargs: dict[str, Any], prompt: Prompt | None) -> Call:
+        """The call with these arguments."""
+        x = kwargs.get("inputs_embeds")
+        if x is None:
+            x = kwargs.get("input_ids")
+        if not isinstance(x, Tensor):
+            raise LayoutError("the decoder was called with neither input_ids nor inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        outer = prompt.kwargs if prompt is not None else kwargs
+        return cls(
+            batch=x.shape[0],
+            width=x.shape[1],
+            past=0 if cache is None else seen_tokens(cache),
+            device=x.device,
+            cache=cache,
+            mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"),
+            prompt=prompt,
+            output_attentions=bool(kwargs.get("output_attentions") or outer.get("output_attentions")),
+            draft=draft_length() if x.shape[1] > 1 else 0,
+        )
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """(B, width) bool: which of the new tokens are not padding; None if all are."""
+        return self._real(self.mask[:, -self.width :]) if self.mask is not None and self.width > 1 else None
+
+    @cached_property
+    def valid_past(self) -> Tensor | None:
+        """(B, past) bool: which of the earlier tokens are not padding; None if all are."""
+        if self.mask is None or not self.past or self.mask.shape[1] != self.past + self.width:
+            return None
+        return self._real(self.mask[:, : self.past])
+
+    def _real(self, mask: Tensor) -> Tensor | None:
+        valid = mask.to(device=self.device, dtype=torch.bool)
+        return None if bool(valid.all()) else valid
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module`, those that were given by their place too, by their names."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def given_layout(call: Call, layout: TokenLayout, fresh: bool) -> TokenLayout | None:
+    """The layout that the user gave, if it is this call's. fresh: no prefill has used it yet."""
+    tokens = layout.shape[1]
+    if not fresh and call.cache is None and call.width > tokens and in_generation():
+        # Without a cache, generate() feeds the prompt anew at each step, with what it has written behind it.
+        return layout.followed_by_text(call.width - tokens).expand(call.batch)
+    if call.width - call.draft != tokens:
+        if call.past == 0 or (fresh and call.width > 1):
+            raise LayoutError(
+                f"the layout given is for {tokens} tokens, the forward has {call.width}; chunked prefill is not supported, and a "
+                "new prompt needs its own layout"
+            )
+        return None
+    return layout.expand(call.batch) if fresh or call.past == 0 else None
+
+
+def found_layout(call: Call, adapter: ModelAdapter, family: str, model: nn.Module) -> TokenLayout | None:
+    """The layout that the family's adapter finds in the ids of the call; None in a step of one token."""
+    if call.width == 1:
+        return None
+    prompt = call.prompt
+    if prompt is None or prompt.input_ids.shape != (call.batch, call.width):
+        raise LayoutError(
+            f"{family}: where are the vision tokens? The call has no input_ids for its {call.width} tokens; pass "
+            "layout=TokenLayout(...) to attach, or set run.layout (TokenLayout.text(batch, tokens) for text)"
+        )
+    if call.position_ids is not None:
+        prompt = replace(prompt, position_ids=call.position_ids)
+    if not isinstance(prompt.attention_mask, Tensor) or prompt.attention_mask.dim() != 2:
+        prompt = replace(prompt, attention_mask=None)  # Prepared masks are refused later, if there are vision tokens.
+    layout = adapter.layout(model, prompt)
+    if layout is None:
+        raise LayoutError(
+            f"{family}: this family has no vision tokens of its own; pass layout=TokenLayout(slot=..., frame=...)"
+        )
+    return layout
+
+
+def deepstack(names: tuple[str, str] | None, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Rows that the decoder would add after its first layers, taken out of its arguments; each (B, N, D).
+
+    names: of the arguments with their mask and with the rows (ModelAdapter.deepstack).
+    """
+    if names is None or kwargs.get(names[1]) is None:
+        return []
+    where, found = kwargs.pop(names[0]), []
+    for rows in kwargs.pop(names[1]):
+        whole = rows.new_zeros(*where.shape, rows.shape[-1])
+        whole[where.to(rows.device)] = rows
+        found.append(whole)
+    return found
+
+
+def sequences(
+    call: Call,
+    layout: TokenLayout,
+    reducible: Tensor,
+    strategies: Many[Strategy],
+    account: Callable[[int, int], Account],
+) -> list[Sequence]:
+    """One Sequence per row. reducible: (B, N) bool. account: of a total and a reducible count.
+
+    Raises BudgetError where the budget cannot be met, LayoutError where the pipeline protects every vision token of a row.
+    """
+    media, valid = layout.media(), call.valid
+    made = []
+    prompt = call.width - call.draft
+    reducible = reducible[:, :prompt]
+    if valid is not None:
+        reducible = reducible & valid[:, :prompt]
+    for row, count in enumerate(reducible.sum(1).tolist()):
+        if valid is None:
+            columns = torch.arange(prompt, device=reducible.device)
+        else:
+            columns = valid[row, :prompt].nonzero().squeeze(1)
+        its = account(len(columns), count)
+        if count:
+            check(strategies, its)
+        elif bool((layout.slot[row] >= 0).any()):
+            raise LayoutError(f"row {row} has vision tokens, and the pipeline protects all of them; nothing could fire")
+        slot, frame = layout.slot[row, columns], layout.frame[row, columns]
+        conductor = Conductor(strategies if count else [], its)
+        made.append(Sequence(row, columns, slot, frame, media[row, columns], reducible[row, columns], count, conductor))
+    return made

@@ -1,0 +1,73 @@
+"""What a stage reads of the attention that ran last: how much each token received."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.engine.cache.layers import lengthened
+from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.model.parallel import over_ranks, total_heads
+from tokenreduce.engine.model.tap import RowSums
+from tokenreduce.errors import UnsupportedError
+from tokenreduce.ops.attention import importance, importance_flops
+from tokenreduce.planning.schedule import StageRun
+from tokenreduce.strategy import Heads, Queries, Site, SiteKind
+
+if TYPE_CHECKING:
+    from tokenreduce.engine.forward.state import Forward
+
+UNREADABLE = ("softcap", "s_aux", "position_bias")
+
+
+@dataclass
+class Reading:
+    """Queries (B, H, q, d) and keys (B, G, k, d) of `layer` as they went into attention, and what attention found of its rows."""
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    scale: float
+    rows: RowSums
+
+    @classmethod
+    def of(cls, layer: int, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> Reading:
+        """UnsupportedError where attention is not a softmax of scaled products alone."""
+        refused = [name for name in UNREADABLE if kwargs.get(name) is not None]
+        if refused:
+            raise UnsupportedError(f"importance is not defined here for attention with {', '.join(refused)}")
+        scale = kwargs.get("scaling")
+        return cls(layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), RowSums())
+
+    def importance(self, forward: Forward, sequence: Sequence, queries: Queries, heads: Heads) -> Tensor:
+        """(n,) attention that the tokens of `sequence` receive. Accounts for its FLOPs."""
+        n = len(sequence.attended)
+        places = forward.here(n, self.query.shape[2])
+        q, k = self.query[sequence.row, :, places], self.key[sequence.row]
+        held = forward.layers[self.layer] if forward.layers else None
+        if held is not None and held.real is not None:
+            k = k[:, lengthened(held.real, k.shape[1])[sequence.row]]
+        elif held is None:
+            k = k[:, forward.here(n, k.shape[1]).start :]
+        k = k[:, : k.shape[1] - forward.draft]
+        count = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
+        lse = self.rows.lse(self.query, sequence.row, places)
+        scores = importance(q, k, self.scale, count, heads, lse)[k.shape[1] - n :]
+        all_heads = total_heads(q.shape[0], forward.config, forward.group)
+        if all_heads != q.shape[0]:
+            scores = over_ranks(scores, heads, q.shape[0] / all_heads, forward.group)
+        # Like the attention itself, accounted without the keys of earlier turns.
+        sequence.conductor.account.selector_flops += importance_flops(all_heads, q.shape[-1], n, n, count)
+        if len(sequence) != n:
+            scores = scores[torch.searchsorted(sequence.attended, sequence.alive)]
+        return scores
+
+
+def reading_sites(run: StageRun) -> list[Site]:
+    """Sites at which a stage reads attention."""
+    kinds: tuple[SiteKind, ...] = ("pre_ffn", "pre_attention")
+    return [site for site in run.sites if run.strategy.capabilities.attention and site.kind in kinds]

@@ -1,0 +1,136 @@
+"""One sequence of a batch in one forward: its tokens, and what a stage sees and changes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tokenreduce.errors import PluginError
+from tokenreduce.planning.schedule import Conductor, StageRun
+from tokenreduce.plugin_checks import check_reduction, lent
+from tokenreduce.reduction import Reduction
+from tokenreduce.strategy import Heads, Queries, Site, StageContext
+from tokenreduce.trace import StageTrace
+
+AttentionSource = Callable[["Sequence", Queries, Heads], Tensor]
+
+
+class Sequence:
+    """The tokens of row `row` that are not padding, N of them; n are alive.
+
+    columns: (N,) long, their input columns. slot, frame, medium: (N,) long; reducible: (N,) bool (TokenLayout).
+    alive: (n,) long, places among the N, growing. size: (n,) long. place: (N,) long, where each token is among the alive, −1
+    if dropped. attended: `alive` as it was at the last attention.
+    """
+
+    def __init__(
+        self,
+        row: int,
+        columns: Tensor,
+        slot: Tensor,
+        frame: Tensor,
+        medium: Tensor,
+        reducible: Tensor,
+        reducible_count: int,
+        conductor: Conductor,
+    ) -> None:
+        self.row, self.columns = row, columns
+        self.slot, self.frame, self.medium, self.reducible = slot, frame, medium, reducible
+        self.original_reducible = self.reducible_count = reducible_count
+        self.conductor = conductor
+        self.total = len(columns)
+        self.alive = torch.arange(self.total, device=columns.device)
+        self.size = torch.ones_like(self.alive)
+        self.place = self.alive.clone()
+        self.attended = self.alive
+        self.whole = True
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    def context(self, run: StageRun, site: Site, hidden: Tensor, attention: AttentionSource | None) -> StageContext:
+        """What `run` sees; hidden: (n, D). The facts are copies: what becomes of them is the strategy's affair."""
+        alive = self.alive
+        chosen = torch.clone if self.whole else (lambda facts: facts[alive])
+        conductor = self.conductor
+        return StageContext(
+            site=site,
+            depth=conductor.depth,
+            hidden=lent(hidden),
+            slot=chosen(self.slot),
+            frame=chosen(self.frame),
+            medium=chosen(self.medium),
+            position=alive.clone(),
+            size=self.size.clone(),
+            reducible=chosen(self.reducible),
+            reducible_count=self.reducible_count,
+            original_reducible=self.original_reducible,
+            state=run.state,
+            attention_source=None if attention is None else partial(attention, self),
+            allowance_source=None
+            if conductor.account.budget is None
+            else partial(conductor.allowance, run, site, self.reducible_count, len(self)),
+            refusal_source=partial(conductor.refusal, run, site, len(self)),
+        )
+
+    def check(self, name: str, site: Site, reduction: Reduction) -> None:
+        """Hold a strategy to its contract: PluginError where it misses tokens, touches text or merges across media."""
+        check_reduction(f"strategy {name} at {site}", reduction, (1, len(self)), self.alive.device)
+        target, kept = reduction.target[0], reduction.kept[0]
+        reducible, medium = self.reducible[self.alive], self.medium[self.alive]
+        if not bool((kept | reducible).all()):
+            raise PluginError(f"strategy {name} at {site} removes a token that must stay (text or protected)")
+        into = target.clamp(min=0)
+        fair = kept | (target < 0) | (reducible[into] & (medium[into] == medium))
+        if not bool(fair.all()):
+            raise PluginError(f"strategy {name} at {site} merges a token into text or into another medium")
+
+    def apply(
+        self, reduction: Reduction, hidden: Tensor | None, passengers: list[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor], int]:
+        """Reduce the tokens, `hidden` (n, D) and whatever else has one row per token; also says how many were merged."""
+        left = reduction.apply(None if hidden is None else hidden[None], self.size[None])
+        moved = [reduction.apply(rows[None], self.size[None]).hidden for rows in passengers]
+        target, index = reduction.target[0], left.index[0]
+        new_place = torch.full_like(target, -1)
+        new_place[index] = torch.arange(len(index), device=index.device)
+        there = torch.where(target >= 0, new_place[target.clamp(min=0)], -1)
+        self.place = torch.where(self.place >= 0, there[self.place.clamp(min=0)], -1)
+        gone = len(self) - len(index)
+        merged = gone - int((target < 0).sum()) if reduction.merges else 0
+        self.alive, self.size, self.whole = self.alive[index], left.size[0], False
+        self.reducible_count -= gone
+        return (
+            (None if left.hidden is None else left.hidden[0]),
+            [rows[0] for rows in moved if rows is not None],
+            merged,
+        )
+
+    def source(self, width: int) -> Tensor:
+        """(width,) long: the input column each input column ended in, −1 if dropped or padding."""
+        out = torch.full((width,), -1, dtype=torch.long, device=self.columns.device)
+        ended = self.columns[self.alive[self.place.clamp(min=0)]] if len(self) else self.place
+        out[self.columns] = torch.where(self.place >= 0, ended, -1)
+        return out
+
+
+def stage_trace(
+    sequence: Sequence, run: StageRun, site: Site, before: int, after: int, merged: int, note: str
+) -> StageTrace:
+    """The record of one look."""
+    return StageTrace(
+        stage=run.strategy.place,
+        strategy=run.strategy.name,
+        site=str(site),
+        layer=site.layer,
+        row=sequence.row,
+        before=before,
+        after=after,
+        merged=merged,
+        dropped=before - after - merged,
+        finished=run.done,
+        note=note,
+    )

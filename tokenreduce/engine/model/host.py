@@ -1,0 +1,204 @@
+"""The model that a pipeline is put on: its facts, the hooks around its decoder, its configuration."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tokenreduce.adapter import FfnPair, ModelAdapter
+from tokenreduce.engine.model import tap
+from tokenreduce.engine.model.hooks import Hook, take_off
+from tokenreduce.engine.model.meter import Measured
+from tokenreduce.engine.model.parallel import head_group
+from tokenreduce.engine.model.probe import prove
+from tokenreduce.engine.refusals import refuse_model
+from tokenreduce.errors import AttachError, UnsupportedError
+from tokenreduce.planning import cost
+from tokenreduce.planning.budget import Budget
+from tokenreduce.trace import Trace
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that torch.compile made `module` of."""
+    return module._modules.get("_orig_mod") or module
+
+
+class Host:
+    """A model and its decoder. Holds both weakly, so that a run does not keep its model alive.
+
+    decoder: weak reference to the decoder. family: for messages. config, layers: of the decoder. shape: for costs; `unlike` says
+    why its FLOPs are not to be believed. cached: elements of each layer's cache per token, None where not measured. modules: id
+    of each attention module, and its layer. attention: the module of each layer. group: see `head_group`. implementation: of the
+    attention, below the tap. has_head: whether logits are made.
+    """
+
+    def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
+        text: Any = uncompiled(adapter.text_model(model))
+        self._model, self.decoder, self.adapter = weakref.ref(model), weakref.ref(text), adapter
+        self.family = f"{type(model).__name__} ({adapter.name})"
+        self.config: Any = text.config
+        self.layers = [uncompiled(layer) for layer in text.layers[: self.config.num_hidden_layers]]
+        refuse_model(self.family, self.config)
+        self._shapes, self.unlike = cost.DecoderShape.likely(self.config)
+        self.shape = self._shapes[0]
+        self.cached: list[int] | None = None
+        self.cache_bytes = next(text.parameters()).element_size()
+        attention = {
+            module: number
+            for number, layer in enumerate(self.layers)
+            for module in layer.modules()
+            if getattr(module, "layer_idx", None) is not None and hasattr(module, "config")
+        }
+        self.attention = {number: module for module, number in attention.items()}
+        self.modules = {id(module): number for module, number in attention.items()}
+        self.group = head_group(self.layers[0])
+        # A copy of an attached model is dense, but its configuration still names the tap.
+        self.implementation = str(self.config._attn_implementation).removeprefix(tap.PREFIX)
+        # Each step of decoding looks: a configuration's own attributes take ten times as long.
+        self._settings, self._tapped = vars(self.config), tap.PREFIX + self.implementation
+        head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        self._head = weakref.ref(head) if isinstance(head, nn.Module) else None
+        self.has_head = self._head is not None
+        self._handles: list[Any] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole model."""
+        model = self._model()
+        assert model is not None, "a hook ran, so its model lives"
+        return model
+
+    @property
+    def text(self) -> nn.Module:
+        """Its decoder."""
+        text: nn.Module | None = self.decoder()
+        assert text is not None, "a hook ran, so its model lives"
+        return text
+
+    def check_decoder(self, model: nn.Module) -> None:
+        """AttachError where `model`, the whole one, has another decoder now: it would run dense, and say nothing."""
+        text = uncompiled(self.adapter.text_model(model))
+        now: Any = text.layers
+        if text is not self.text or any(a is not uncompiled(b) for a, b in zip(self.layers, now, strict=False)):
+            raise AttachError(
+                f"{self.family}: its decoder or a layer of it was replaced while a pipeline is attached; detach first"
+            )
+
+    def check_depth(self) -> None:
+        """UnsupportedError where the decoder is to run fewer layers than it has, with its depth restored."""
+        depth = len(self.layers)
+        if self._settings.get("num_hidden_layers", depth) != depth:
+            # The early exit of assisted decoding lowers it for its drafts, and does not raise it again after an error.
+            self.config.num_hidden_layers = depth
+            raise UnsupportedError(
+                f"{self.family}: leaving the decoder early (assistant_early_exit) is not supported while a pipeline is attached"
+            )
+
+    @property
+    def tapped(self) -> bool:
+        """Whether the decoder's attention goes through the tap."""
+        return bool(self._settings["_attn_implementation_internal"] == self._tapped)
+
+    def recomputable(self) -> list[nn.Module]:
+        """The modules that may be asked to recompute their forward for a gradient."""
+        return [self.model, self.text, *self.layers]
+
+    def pairs(self, numbers: list[int]) -> dict[int, FfnPair]:
+        """Where the FFN of each of these layers is. UnsupportedError where a layer has no such point."""
+        pairs = {}
+        for number in numbers:
+            pair = self.adapter.ffn_pair(self.layers[number])
+            if pair is None:
+                raise UnsupportedError(
+                    f"{self.family}: layer {number} has no point between attention and FFN; stages at site "
+                    "pre_ffn cannot run in it"
+                )
+            pairs[number] = pair
+        return pairs
+
+    def take(self, run: Any, pairs: dict[int, FfnPair]) -> None:
+        """Tap the attention, prove `pairs`, and hook the run's methods; all undone again if anything fails."""
+        tap.tapped(self.implementation)
+        try:
+            with _tapping:
+                _hosts.add(self)
+                # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
+                self.config._attn_implementation_internal = self._tapped
+            measured = prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules)
+            reading = [strategy.name for strategy in run.strategies if strategy.capabilities.attention]
+            if reading and measured.beside:
+                raise UnsupportedError(
+                    f"{self.family}: {reading[0]} reads attention, and importance is not defined for attention with "
+                    f"{', '.join(measured.beside)}"
+                )
+            self._learn(measured, run.budget)
+            self._hook(run)
+            for module in self.attention.values():
+                module.__dict__[tap.ATTACHED] = True
+        except BaseException:
+            self.give_back()
+            raise
+
+    def _learn(self, measured: Measured, budget: Budget | None) -> None:
+        """Believe what was measured. UnsupportedError for a budget in a unit that `shape` gets wrong."""
+        if self.group is not None:
+            if self.unlike:  # One rank does not see the whole.
+                raise UnsupportedError(self.unlike)
+            return
+        self.cached = measured.cached
+        if getattr(self.config, "quantization_config", None) is None:  # Its kernels are in nobody's registry.
+            reasons = [measured.unlike(shape) for shape in self._shapes]
+            best = reasons.index("") if "" in reasons else 0
+            self.shape, self.unlike = self._shapes[best], reasons[best]
+        wrong, unit, held = "", budget.unit if budget is not None else "tokens", set(self.cached)
+        if unit == "flops":
+            wrong = self.unlike
+        elif unit == "kv_cache" and held != {self.shape.cached} and (len(held) > 1 or not budget.relative):  # type: ignore[union-attr]
+            counts = " or ".join(f"{count:,}" for count in sorted(held))
+            wrong = (
+                f"its config says {self.shape.cached:,} cached numbers per token in a layer, its layers hold {counts}"
+            )
+        if wrong:
+            raise UnsupportedError(
+                f"{self.family}: {wrong}; a budget in {unit} cannot be solved for it, one in tokens can"
+            )
+
+    def told(self, trace: Trace) -> Trace:
+        """The receipt as far as it is true of this model: bytes of the cache as measured, FLOPs only if they are known."""
+        if self.cached is not None:
+            for number, layer in enumerate(trace.layers):
+                held = int(layer.tokens.sum()) * self.cached[layer.layer] * self.cache_bytes
+                trace.layers[number] = replace(layer, kv_bytes=held)
+        return trace.uncount(self.unlike) if self.unlike else trace
+
+    def give_back(self) -> None:
+        """Take the hooks off and restore the configuration."""
+        take_off(self._handles)
+        with _tapping:
+            _hosts.discard(self)
+            if not any(host.config is self.config for host in _hosts):
+                self.config._attn_implementation_internal = self.implementation
+        for module in self.attention.values():
+            module.__dict__.pop(tap.ATTACHED, None)
+
+    def _hook(self, run: Any) -> None:
+        model, text, handles = self.model, self.text, self._handles
+        handles.append(text.register_forward_pre_hook(Hook(run, "begin", text), with_kwargs=True))
+        handles.append(text.register_forward_hook(Hook(run, "end", text), with_kwargs=True, always_call=True))
+        for outer in (model, getattr(model, "model", None)):  # The modules around the decoder that see the prompt.
+            if isinstance(outer, nn.Module) and outer is not text:
+                handles.append(
+                    outer.register_forward_pre_hook(Hook(run, "note_prompt", outer, outer is model), with_kwargs=True)
+                )
+        head = None if self._head is None else self._head()
+        if head is not None:
+            handles.append(head.register_forward_hook(Hook(run, "note_head", head)))
+
+
+_hosts: weakref.WeakSet[Host] = weakref.WeakSet()
+"""Those that have a pipeline now. Models may share a configuration: it names the tap until the last one has none."""
+_tapping = threading.Lock()

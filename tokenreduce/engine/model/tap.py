@@ -1,0 +1,237 @@
+"""The way into attention: an attention function of our own around each of transformers'.
+
+`tokenreduce_<impl>` is registered in both of transformers' interfaces (in the first alone, the mask would become None and
+padding would be ignored). It does what `<impl>` does, except for layers of the forward that runs in this thread. A decoder's
+configuration names it as long as a pipeline is attached, because a graph compiled without one is told apart by that name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from tokenreduce.engine.cache.layers import TokenLayer, running
+from tokenreduce.errors import UnsupportedError
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+PREFIX = "tokenreduce_"
+below: dict[str, Attention | None] = {}
+"""What each implementation was when a pipeline was last attached; None for what belongs to the family, as eager attention."""
+ATTACHED = "_tokenreduce_attached"
+"""An attribute that attention modules have while a pipeline is attached."""
+
+
+def tapped(implementation: str) -> str:
+    """The name of the tap around `implementation`, registered on first use. UnsupportedError without masks that we know."""
+    name = PREFIX + implementation
+    below[implementation] = _registered(implementation)
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise UnsupportedError(
+                f"attention implementation '{implementation}' makes no masks that token reduction knows"
+            )
+        AttentionInterface.register(name, _tap(implementation))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _tap(implementation: str) -> Attention:
+    def attention(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        base = below[implementation] or attention_below(implementation, module)
+        # Guards a compiled graph without a pipeline: hooks that come later do not, and models may share one configuration.
+        getattr(module, ATTACHED, False)
+        forward = running.forward
+        layer = None if forward is None or forward.idle else forward.attention_layer(module)
+        if layer is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        attend = forward.attend
+        if torch.compiler.is_compiling() and not forward.traced:
+            # Only a part of a layer is compiled.
+            attend = torch.compiler.disable(attend)
+        return attend(layer, base, module, query, key, value, attention_mask, kwargs)  # type: ignore[no-any-return]
+
+    return attention
+
+
+class RowSums:
+    """The log-sum-exp of each row of scores, which flash attention on a CPU computes beside its output.
+
+    The output is the very one that would have come without."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def around(self, base: Attention) -> Attention:
+        """`base`, watched. A compiled forward knows no dispatch modes."""
+
+        def attention(module: torch.nn.Module, query: Tensor, *arguments: Any, **kwargs: Any) -> Any:
+            if query.device.type != "cpu" or torch.compiler.is_compiling():
+                return base(module, query, *arguments, **kwargs)
+            with _Watch(self.parts):
+                return base(module, query, *arguments, **kwargs)
+
+        return attention
+
+    def lse(self, query: Tensor, row: int, places: slice) -> Tensor | None:
+        """(H, n) of the queries (B, H, q, d) at `places` of `row`; None where another kernel ran."""
+        if len(self.parts) == 1 and len(self.parts[0]) == len(query):
+            part = self.parts[0][row]
+        elif len(self.parts) == len(query):
+            part = self.parts[row][0]
+        else:
+            return None
+        padding = query.shape[2] - part.shape[1]
+        return part[:, places.start - padding : places.stop - padding]
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, parts: list[Tensor]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            # In inference mode it arrives whole.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.parts.append(out[1])
+        return out
+
+
+def attention_below(implementation: str, module: torch.nn.Module) -> Attention:
+    """The attention function that the tap is around."""
+    # Eager attention belongs to the family: its own module has it.
+    family = sys.modules[type(module).__module__]
+    return _registered(implementation) or family.eager_attention_forward
+
+
+def _registered(implementation: str) -> Attention | None:
+    """What transformers knows as `implementation`. Flash attention of any kind looks up its own name in a module's config."""
+    base: Attention | None = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
+    if base is None or "flash" not in implementation:
+        return base
+
+    def attention(module: torch.nn.Module, *arguments: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        config = _Changed(module.config, _attn_implementation=implementation)
+        return base(_Changed(module, config=config), *arguments, **kwargs)
+
+    return attention
+
+
+class _Changed:
+    """An object with some attributes of its own instead, for those who only read."""
+
+    def __init__(self, whole: Any, **own: Any) -> None:
+        self.__dict__.update(own, _whole=whole)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
+def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, valid: Tensor | None) -> Tensor | None:
+    """The mask for the last queries of `keys` tokens, as transformers makes it for `implementation`.
+
+    query: (B, H, q, d). valid: (B, keys) bool, False on padding."""
+    rows, _, q_length, _ = query.shape
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](  # type: ignore[no-any-return]
+        batch_size=rows,
+        q_length=q_length,
+        kv_length=keys,
+        q_offset=keys - q_length,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=valid,
+        allow_is_causal_skip=True,
+        use_vmap=False,
+        dtype=mask_dtype(query),
+        config=config,
+        device=query.device,
+    )
+
+
+def mask_dtype(query: Tensor) -> torch.dtype:
+    """Of an eager mask: its softmax is in float32, where the least float64 is −inf, and a row of nothing but padding NaN."""
+    return torch.float32 if query.dtype == torch.float64 else query.dtype
+
+
+def attend_by_row(
+    base: Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Sequence[int],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Causal attention of a left-padded prefill without a mask: SDPA takes twice as long with one.
+
+    query: (B, H, n, d). starts: the first column of each row that is not padding. Padding attends to nothing and is zero.
+    """
+    rows, heads, count, _ = query.shape
+    out = query.new_zeros(rows, count, heads, value.shape[-1])
+    for row, start in enumerate(starts):
+        q, k, v = (x[row : row + 1, :, start:] for x in (query, key, value))
+        out[row, start:] = base(module, q, k, v, None, **kwargs)[0][0]
+    return out, None
+
+
+def attend_by_position(
+    base: Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: TokenLayer,
+    position: Tensor,
+    implementation: str,
+    block: int,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention at a layer whose keys were reduced at a `kv` site: what a query sees goes by positions.
+
+    query: (B, H, q, d) at `position` (B, q), −1 on padding. The keys' positions and validity come from `layer.seen`, the span
+    from its own. Works block by block over the queries of each row, so that no q×keys mask is ever whole.
+    """
+    places, valid = layer.seen
+    assert places is not None
+    rows, heads, count, _ = query.shape
+    out = query.new_zeros(rows, count, heads, value.shape[-1])
+    for row in range(rows):
+        sinks, window = (0, None) if layer.span is None else layer.span[row].tolist()
+        first_query = int((position[row] < 0).sum())
+        keys, values, seen = key[row : row + 1], value[row : row + 1], places[row]
+        if valid is not None:
+            keys, values, seen = keys[:, :, valid[row]], values[:, :, valid[row]], seen[valid[row]]
+        for start in range(first_query, count, block):
+            stop = min(start + block, count)
+            at = position[row, start:stop]
+            low, high = int(at[0]), int(at[-1])
+            end = int(torch.searchsorted(seen, high, right=True))
+            begin = 0 if window is None else int(torch.searchsorted(seen, low - window + 1))
+            ahead = min(begin, int(torch.searchsorted(seen, sinks)))
+            k, v, where = keys[:, :, begin:end], values[:, :, begin:end], seen[begin:end]
+            if ahead:
+                k = torch.cat([keys[:, :, :ahead], k], 2)
+                v = torch.cat([values[:, :, :ahead], v], 2)
+                where = torch.cat([seen[:ahead], where])
+            allowed = where[None] <= at[:, None]
+            if window is not None:
+                allowed &= (where[None] < sinks) | (at[:, None] - where[None] < window)
+            mask: Tensor = allowed[None, None]
+            if implementation == "eager":
+                dtype = mask_dtype(query)
+                mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+            part, _ = base(module, query[row : row + 1, :, start:stop], k, v, mask, **kwargs)
+            out[row, start:stop] = part[0]
+    return out, None

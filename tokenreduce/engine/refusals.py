@@ -1,0 +1,166 @@
+"""What the engine refuses by name: models, modes, masks and calls in which it could not be exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.engine.forward.call import Call
+from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.model.callers import in_chunked_prefill, in_compiled_call
+from tokenreduce.errors import PipelineError, UnsupportedError
+from tokenreduce.planning.budget import Budget
+from tokenreduce.strategy import Strategy
+
+
+def refuse_model(family: str, config: Any) -> None:
+    """Refuse decoders with layers other than attention, or with attention that is not causal."""
+    if not getattr(config, "is_causal", True):
+        raise UnsupportedError(f"{family}: its tokens see those behind them (is_causal=False), which is not supported")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds == {"sliding_attention"} and getattr(config, "sliding_window", None):
+        kinds = set()  # Like full attention up to the window's length, which every call is held to.
+    if kinds:
+        raise UnsupportedError(
+            f"{family}: its decoder has {', '.join(sorted(kinds))} layers, whose state does not follow reduced tokens; not "
+            "supported"
+        )
+
+
+def compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether the call that is going on is compiled, or one of `modules`, the decoder and its layers."""
+    return in_compiled_call() or any(
+        module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in modules
+    )
+
+
+def refuse_compiled(family: str, text: nn.Module, strategies: Iterable[Strategy]) -> None:
+    """Refuse what a compiled prefill cannot be: one whose lengths only the content tells, or one that is to have gradients."""
+    for strategy in strategies:
+        if not strategy.fixed_count:
+            raise UnsupportedError(
+                f"{family}: {strategy.name} leaves a number of tokens that depends on the video, which a compiled model does not "
+                "support; call it without torch.compile"
+            )
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in text.parameters()):
+        raise UnsupportedError(
+            f"{family}: gradients through a compiled model are not supported while a pipeline is attached; call it under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def refuse_call(family: str, config: Any, call: Call) -> None:
+    """Refuse masks and lengths of a forward, with vision tokens in it or on a reduced cache."""
+    mask = call.mask
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        what = (
+            f"a {mask.dim()}-D attention mask"
+            if isinstance(mask, Tensor)
+            else f"a prepared {type(mask).__name__} of masks"
+        )
+        raise UnsupportedError(
+            f"{family}: {what} is not supported; pass the 2-D mask of padding (batch, tokens), or none"
+        )
+    window, length = getattr(config, "sliding_window", None), call.past + call.width
+    if window and getattr(config, "use_sliding_window", True) and length > window:
+        raise UnsupportedError(
+            f"{family}: {length} tokens are beyond its sliding window of {window}, which is not supported"
+        )
+    valid = call.valid
+    if valid is None:
+        return
+    if not bool(valid[:, -1].all()):
+        raise UnsupportedError(f"{family}: right-padded batches are not supported; pad on the left")
+    if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+        raise UnsupportedError(
+            f"{family}: an attention mask with holes is not supported; it may hide padding on the left only"
+        )
+
+
+def refuse_outputs(family: str, config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what a call of the whole model asks of every input token: they are not all there in the end."""
+    if kwargs.get("labels") is not None:
+        raise UnsupportedError(
+            f"{family}: labels are not supported while a pipeline is attached: the logits are those of the kept tokens"
+        )
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise UnsupportedError(
+            f"{family}: logits_to_keep as a tensor of places is not supported while a pipeline is attached: tokens change their "
+            "places; give a number, or read run.trace.kept"
+        )
+    wanted = kwargs.get("output_router_logits")
+    if getattr(config, "output_router_logits", False) if wanted is None else wanted:
+        raise UnsupportedError(
+            f"{family}: output_router_logits is not supported while a pipeline is attached: the load balancing loss takes the "
+            "mask of all tokens"
+        )
+
+
+def refuse_packed(family: str, call: Call) -> None:
+    """Refuse several sequences in a row, which transformers tells by positions that do not count, where nothing else is given."""
+    places = call.position_ids
+    if call.mask is not None or call.cache is not None or places is None:
+        return
+    if places.dim() == 3:
+        if len(places) != 4:  # Of multimodal rotary positions the first of four counts the text.
+            return
+        places = places[0]
+    if bool((places.diff(dim=-1) != 1).any()):
+        raise UnsupportedError(
+            f"{family}: position_ids that jump or begin anew, without an attention mask, mean packed sequences, which are not "
+            "supported; pass one sequence per row, or an attention mask"
+        )
+
+
+def refuse_mode(family: str, text: Any, config: Any, call: Call, modules: list[nn.Module]) -> None:
+    """Refuse what a prefill with vision tokens cannot be: recomputed, random, in chunks, or asked for its attention."""
+    if text.training:
+        if any(bool(getattr(module, "gradient_checkpointing", False)) for module in modules):
+            raise UnsupportedError(
+                f"{family}: gradient checkpointing is not supported while a pipeline is attached; call "
+                "model.gradient_checkpointing_disable()"
+            )
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in text.modules())
+        if dropout or bool(getattr(config, "attention_dropout", False)):
+            raise UnsupportedError(
+                f"{family}: dropout in training mode is not supported while a pipeline is attached; call model.eval(), or set "
+                "its dropout to 0"
+            )
+    if call.output_attentions or getattr(config, "output_attentions", False):
+        raise UnsupportedError(
+            f"{family}: output_attentions is not supported while a pipeline is attached: layers attend to different tokens"
+        )
+    if in_chunked_prefill():
+        raise UnsupportedError(
+            f"{family}: chunked prefill (prefill_chunk_size) is not supported while a pipeline is attached: a stage must see the "
+            "whole prompt"
+        )
+
+
+def check_ran(family: str, layers: int, sequences: Iterable[Sequence]) -> None:
+    """Refuse a decoder that left some of its layers out (early exit, layer dropping), unless a stage waited for them.
+
+    Then NotFiredError is due, which names the stage.
+    """
+    for sequence in sequences:
+        ran = len(sequence.conductor.account.ffn)
+        if ran < layers and not sequence.conductor.unfinished():
+            raise UnsupportedError(f"{family}: only {ran} of its {layers} layers ran, which is not supported")
+
+
+def check_spent(pipeline: str, budget: Budget | None, sequences: Iterable[Sequence]) -> None:
+    """Refuse what a prefill spent above its budget: no strategy, a plugin's least of all, may keep more than it was given."""
+    for sequence in sequences:
+        account = sequence.conductor.account
+        if budget is None or budget.arithmetic == "released" or not sequence.original_reducible:
+            continue
+        spent = account.cost(account.attn, account.ffn, account.kv, account.pairs)
+        if spent > account.limit:
+            raise PipelineError(
+                f"pipeline {pipeline} held {float(account.share(spent)):.4f} of row {sequence.row}, above its budget {budget}: "
+                "a stage kept more than its allowance"
+            )

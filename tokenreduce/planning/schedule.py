@@ -1,0 +1,277 @@
+"""Which stage is asked at which site, for one sequence. Counts and flags only, so that `plan` runs the very same rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from tokenreduce.errors import BudgetError
+from tokenreduce.ops.attention import importance_flops
+from tokenreduce.planning.budget import Account, Change, Reading, kv_pairs, released_removal
+from tokenreduce.plugin_checks import flag, outcome_of, sites_of
+from tokenreduce.strategy import Action, CountView, Queries, Site, Strategy
+
+
+@dataclass
+class StageRun:
+    """One stage in one sequence: where it may act, and how far it is."""
+
+    strategy: Strategy
+    sites: list[Site]
+    done: bool = False
+    acted: bool = False
+    note: str = ""
+    free_from: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def once(self) -> bool:
+        """See Strategy."""
+        return flag(self.strategy, "once")
+
+    @property
+    def fixed(self) -> bool:
+        """See Strategy.fixed_count."""
+        return flag(self.strategy, "fixed_count")
+
+    @property
+    def solved(self) -> bool:
+        """See Strategy.needs_budget."""
+        return flag(self.strategy, "needs_budget")
+
+    def end(self, note: str = "") -> None:
+        """The stage will not be asked again."""
+        self.done = True
+        self.note = self.note or note
+
+    def after(self, site: Site) -> list[Site]:
+        """Its sites that are still to come."""
+        return [later for later in self.sites if later.order > site.order]
+
+
+Look = tuple[Site, StageRun]
+
+
+class Conductor:
+    """Asks the stages of a pipeline in turn, for one sequence in one forward.
+
+    A stage with its own layers is asked at each of them. A stage that waits (`at: next`) is asked once, when all stages
+    before it are done: at the next of its sites, or at this one if the last of them ended without acting on it. If the
+    budget gives it its count, it is not left to wait beyond the last site at which the budget can still be met, what the
+    stages before it are sure to leave out included: then those are cut short.
+    """
+
+    def __init__(self, strategies: Sequence[Strategy], account: Account) -> None:
+        self.account = account
+        depth = account.shape.layers
+        self.depth = depth
+        self.asked: list[tuple[Site, StageRun]] = []
+        self.runs = [StageRun(strategy, sites_of(strategy, depth)) for strategy in strategies]
+
+    def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
+        """Stages to ask at `site`, in order; `tokens` tells how many tokens are alive when it is asked."""
+        for place, run in enumerate(self.runs):
+            if run.done or site not in run.sites:
+                continue
+            before = self.runs[:place]
+            if run.once and (site.order < run.free_from or not all(other.done for other in before)):
+                if not self._must_act(run, site, tokens()):
+                    continue
+                for other in before:
+                    if not other.done:
+                        other.end("cut short: the budget leaves the stage after it no later site")
+            yield run
+
+    def _must_act(self, run: StageRun, site: Site, tokens: int) -> bool:
+        later = run.after(site)
+        if not later:
+            return True
+        account = self.account
+        if account.budget is None or not run.solved:
+            return False
+        # Stages with layers of their own will be asked there; of another that waits nobody knows when.
+        sure = [other for other in self.runs[: self.runs.index(run)] if not (other.done or other.once)]
+        looks = [(at, other) for other in sure for at in other.after(site) if at.order <= later[0].order]
+        looks.append((later[0], run))
+        return not account.affordable(tokens, list(self._leaving(looks)), self._reading(looks, tokens))
+
+    def _leaving(self, looks: Sequence[Look]) -> Iterator[Change]:
+        """How many tokens stay after each of `looks`, where it is not the video that tells: the least if a budget does."""
+        for site, run in looks:
+            if site.kind != "kv" and run.strategy.capabilities.chooses_count:
+                try:
+                    share = run.strategy.share_at(site, self.depth)
+                except (TypeError, ValueError):
+                    continue  # A plugin's `keep` may be something else than a share.
+                if share is not None or run.solved:
+                    yield site, self.account.fixed + max(int((share or 0) * self.account.reducible), 1)
+
+    def _reading(self, looks: Sequence[Look], tokens: int) -> Reading | None:
+        """What `looks` will spend on importance, if a budget pays for it. tokens: alive now."""
+        account = self.account
+        if not account.reads:
+            return None
+        read: list[tuple[int, Queries]] = []
+        reducible = tokens - account.fixed
+        for site, run in looks:
+            if run.strategy.capabilities.attention:
+                layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
+                view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), _one)
+                view.reading = lambda queries, layer=layer: read.append((layer, queries))  # type: ignore[misc]
+                outcome_of(run.strategy, view)
+        return lambda attn: sum(reading_flops(account, attn[layer], queries) for layer, queries in read)
+
+    def _to_come(self, run: StageRun, site: Site) -> list[Look]:
+        """Looks at attention after that of `run` at `site`, which what it leaves there must still pay for."""
+        if not (run.fixed or run.solved):
+            return []  # A merge by threshold asks for its allowance to meet the budget; then the others are skipped.
+        place = self.runs.index(run)
+        looks: list[Look] = []
+        for number, other in enumerate(self.runs):
+            if other.done or not other.strategy.capabilities.attention or (other is run and other.once):
+                continue
+            sites = [at for at in other.sites if at.order > site.order or (at == site and number > place)]
+            if other.once:
+                ends = [one.sites[-1].order for one in self.runs[:number] if not one.done and one.fixed]
+                sites = [at for at in sites if at.order > max([site.order, *ends])][:1] or sites[-1:]
+            looks += [(at, other) for at in sites]
+        return looks
+
+    def record(
+        self, run: StageRun, site: Site, finished: bool, budget_met: bool, consumed: bool, note: str = ""
+    ) -> None:
+        """Take note of what the stage did at `site`."""
+        run.acted = True
+        self.asked.append((site, run))
+        run.note = note or run.note
+        place = self.runs.index(run)
+        if finished or run.once or not run.after(site):
+            run.end()
+            for later in self.runs[place + 1 :]:
+                later.free_from = site.order + 1 if consumed else site.order
+        if budget_met:
+            for later in self.runs[place + 1 :]:
+                later.end(f"skipped: {run.strategy.name} met the budget")
+
+    def allowance(self, run: StageRun, site: Site, reducible: int, tokens: int, action: Action) -> int:
+        """How many reducible tokens may stay (`kv` sites: how many tokens the cache may hold). BudgetError if none."""
+        account = self.account
+        if account.budget is None:
+            raise BudgetError(
+                f"{run.strategy.name} solves its count from a budget: give `budget`, or the stage's `keep`"
+            )
+        reading = self._reading(self._to_come(run, site), tokens)
+        if site.kind == "kv":
+            span = run.strategy.capabilities.spans
+            held = account.kv_allowance(site.layer, [at.layer for at in run.sites], tokens, span, reading)
+            least = 1 if span else account.fixed + 1
+            if held < least:
+                raise self.refusal(run, site, tokens, least)
+            return held
+        if account.budget.arithmetic == "released":
+            return self._released(reducible, action)
+        # A stage that solves every count is taken to keep the same share each time; merging by threshold to find no more.
+        later = run.after(site) if run.solved and not run.once else []
+        keep = account.allowance(site, reducible, later, reading)
+        if keep < 1:
+            raise self.refusal(run, site, tokens, 1)
+        return keep
+
+    def refusal(self, run: StageRun, site: Site, tokens: int, least: int, reason: str = "") -> BudgetError:
+        """The error where `run` cannot leave less than `least` tokens at `site` (reducible ones; at `kv` sites, in all)."""
+        account = self.account
+        if account.budget is None:
+            return BudgetError(reason)
+        reading = self._reading(self._to_come(run, site), tokens)
+        if site.kind == "kv":
+            span = run.strategy.capabilities.spans
+            cost = account.project_kv(site.layer, [at.layer for at in run.sites], tokens, least, span, reading)
+        else:
+            cost = account.project(tokens, [(site, account.fixed + least)], reading)
+        return account.refusal(cost, reason)
+
+    def _released(self, reducible: int, action: Action) -> int:
+        """The released code's arithmetic: shares of vision tokens; pruning rounds to nearest, a capped merge rounds up."""
+        account = self.account
+        assert account.budget is not None
+        # At pre_ffn the attention of this layer has run: the calls so far are as many as the layers in the account.
+        held = [account.reducible] + [count - account.fixed for count in account.attn]
+        shares = [(a - b) / a for a, b in itertools.pairwise(held)]
+        removal = released_removal(shares, float(account.budget.amount), self.depth)
+        if action != "prune":
+            room = removal * reducible
+            return max(reducible - (int(room) if action == "merge" else math.ceil(room)), 1)
+        return max(round((1 - removal) * reducible), 1)
+
+    def unfinished(self) -> list[StageRun]:
+        """Stages that neither acted nor were skipped for a reason."""
+        return [run for run in self.runs if not run.acted and not run.note]
+
+
+def forecast(
+    strategies: Sequence[Strategy], account: Account, *, similar: float = 0.5, frames: int = 1, least: bool = False
+) -> Conductor:
+    """Run the stages on counts alone and leave the counts of every layer in `account`.
+
+    similar, frames: see CountView. least: let every solved count be 1, to learn what the pipeline costs at the least.
+    """
+    conductor = Conductor(strategies, account)
+    reducible = account.reducible
+    for layer in range(conductor.depth):
+        held: int | None = None
+        span = False
+        for kind in ("pre_attention", "kv", "pre_ffn"):
+            site = Site(layer, kind)  # type: ignore[arg-type]
+            if kind == "pre_ffn":
+                attend(account, account.fixed + reducible, held, span)
+            for run in conductor.due(site, lambda: account.fixed + reducible):  # noqa: B023
+                tokens = account.fixed + reducible
+                solve: Callable[[Action], int] | None = None
+                if account.budget is not None:
+                    solve = _one if least else partial(conductor.allowance, run, site, reducible, tokens)
+                view = CountView(
+                    site,
+                    conductor.depth,
+                    tokens,
+                    reducible,
+                    account.reducible,
+                    run.state,
+                    solve,
+                    0.0 if least else similar,
+                    frames,
+                    partial(_read, account),
+                )
+                outcome = outcome_of(run.strategy, view)
+                if kind == "kv":
+                    held, span = min(outcome.count, tokens), run.strategy.capabilities.spans
+                else:
+                    reducible = outcome.count
+                conductor.record(run, site, outcome.finished, outcome.budget_met, outcome.consumed)
+        account.ffn.append(account.fixed + reducible)
+    return conductor
+
+
+def _one(action: Action) -> int:
+    return 1
+
+
+def _read(account: Account, queries: Queries) -> None:
+    account.selector_flops += reading_flops(account, account.attn[-1], queries)
+
+
+def reading_flops(account: Account, tokens: int, queries: Queries) -> int:
+    """FLOPs of the importance of `tokens` tokens to the last `queries` of them."""
+    rows = tokens if queries == "all" else 1 if queries == "last" else min(int(queries), tokens)
+    return importance_flops(account.shape.heads, account.shape.head_dim, tokens, tokens, rows)
+
+
+def attend(account: Account, tokens: int, held: int | None, span: bool) -> None:
+    """Enter the attention of one layer: `tokens` queries, `held` of them in the cache (None: all), see `kv_pairs`."""
+    everything = held is None or held >= tokens
+    account.attn.append(tokens)
+    account.kv.append(tokens if held is None else min(held, tokens))
+    account.pairs.append(None if everything or held is None else kv_pairs(tokens, held, span))

@@ -1,5 +1,0 @@
-"""The paper's tables and figures on the embedded model: `python -m tokenreduce.reproduce`.
-
-plan says what is run, measure runs one example, rows keeps what is done, run spreads the work over processes, results counts
-and tests, paper holds the published numbers, figures and report write docs/reproduction.
-"""
