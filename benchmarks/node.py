@@ -11,8 +11,8 @@ from harness import table
 
 from tokenreduce.pipeline import build, load_pipeline
 from tokenreduce.planning import cost
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.architectures import Architecture, architecture
-from tokenreduce.planning.budget import Account
 from tokenreduce.planning.feasibility import check
 from tokenreduce.planning.memory import prefill_peak
 from tokenreduce.planning.schedule import forecast

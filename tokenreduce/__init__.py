@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tokenreduce.budget import Budget
     from tokenreduce.engine.attach import Run, attach, detach, reduce
     from tokenreduce.engine.streaming.stream import Stream, stream
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.layout import TokenLayout
     from tokenreduce.models import load_model, prepare
     from tokenreduce.pipeline import Pipeline, load_pipeline
-    from tokenreduce.planning.budget import Budget
     from tokenreduce.reduction import Reduction
     from tokenreduce.trace import Trace
 
 _HOME = {
-    "Budget": "tokenreduce.planning.budget",
+    "Budget": "tokenreduce.budget",
     "Pipeline": "tokenreduce.pipeline",
     "Reduction": "tokenreduce.reduction",
     "Run": "tokenreduce.engine.attach",

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from tokenreduce import plugins
+from tokenreduce.budget import Budget
 from tokenreduce.config.problems import KnownFields, describe, problem
 from tokenreduce.config.yaml_source import MAX_DEPTH, MAX_NODES, Loc, Source, is_text, read_yaml, short, write_yaml
 from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, asked, nearest, one_line
 from tokenreduce.layout import MarkerPolicy
-from tokenreduce.planning.budget import Budget
 from tokenreduce.strategy import VISION_ORDER, AnyStageConfig, Strategy
 from tokenreduce.vision import VisionStrategy
 

@@ -70,7 +70,7 @@ class Trace:
     skipped: list[str] = field(default_factory=list)
     uncounted: str = ""
 
-    def uncount(self, reason: str) -> Trace:
+    def without_flops(self, reason: str) -> Trace:
         """The same without FLOPs."""
         layers = [replace(layer, flops=None) for layer in self.layers]
         return replace(self, layers=layers, dense_flops=None, selector_flops=None, uncounted=reason)

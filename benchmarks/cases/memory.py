@@ -21,10 +21,11 @@ from harness import HIDDEN, SLOTS, TEXT, Options, Row, decoder, in_fresh_process
 from transformers import DynamicCache
 
 import tokenreduce as tr
+from tokenreduce.budget import Budget
 from tokenreduce.cli import main
 from tokenreduce.ops.similarity import cosine_to, previous_in_slot
 from tokenreduce.pipeline import build, load_pipeline
-from tokenreduce.planning.budget import Account, Budget
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.cost import DecoderShape, kv_bytes
 from tokenreduce.planning.feasibility import read_later
 from tokenreduce.planning.memory import Peak, prefill_peak

@@ -67,8 +67,8 @@ def _child(*arguments: Any) -> Row:
 def _plans(frames: tuple[int, ...]) -> list[Row]:
     """Seconds that the Budget solver and the Account take for LLaVA-Video-7B, as `tokenreduce plan` asks them."""
     from tokenreduce.pipeline import build, load_pipeline
+    from tokenreduce.planning.account import Account
     from tokenreduce.planning.architectures import architecture
-    from tokenreduce.planning.budget import Account
     from tokenreduce.planning.feasibility import check
     from tokenreduce.planning.schedule import forecast
 

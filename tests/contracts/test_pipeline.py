@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from tokenreduce import plugins
+from tokenreduce.budget import Budget
 from tokenreduce.config.yaml_source import write_yaml
 from tokenreduce.errors import PipelineError
 from tokenreduce.pipeline import Pipeline, build, load_pipeline, pipeline_problems, pipeline_schema
-from tokenreduce.planning.budget import Budget
 from tokenreduce.strategies.fastv import FastV
 
 VALID: dict[str, dict[str, Any]] = {

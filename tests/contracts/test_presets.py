@@ -13,8 +13,8 @@ from support.decoders import decoder, embeddings, tokens_of
 
 import tokenreduce as tr
 from tokenreduce import plugins
+from tokenreduce.budget import Budget
 from tokenreduce.pipeline import Pipeline, build, build_vision, load_pipeline, pipeline_problems, pipeline_schema
-from tokenreduce.planning.budget import Budget
 
 LAYOUT = tr.TokenLayout.video(before=5, frames=8, per_frame=12, after=4)
 TOTAL, VISION, DEPTH = LAYOUT.shape[1], 96, 6

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tokenreduce as tr
+from tokenreduce.budget import Budget
 from tokenreduce.engine.forward.sequence import Sequence
 from tokenreduce.errors import BudgetError
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot
 from tokenreduce.pipeline import build
-from tokenreduce.planning.budget import Account, Budget, released_removal
+from tokenreduce.planning.account import Account, released_removal
 from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.planning.schedule import Conductor
 from tokenreduce.strategy import Decision, Site

@@ -11,7 +11,7 @@ from tokenreduce.engine.attach import Run
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVForConditionalGeneration
 from tokenreduce.pipeline import load_pipeline
 from tokenreduce.planning import schedule
-from tokenreduce.planning.budget import released_removal
+from tokenreduce.planning.account import released_removal
 
 RUNS = table("framefusion_run")["runs"]
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenreduce.ops.attention as attention_ops
-from tokenreduce.ops.attention import importance, importance_flops
+from tokenreduce.ops import blocks
+from tokenreduce.ops.attention import importance
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot
 from tokenreduce.ops.topk import top_mask
+from tokenreduce.planning.cost import importance_flops
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 NUMBERS = st.one_of(
@@ -162,8 +164,8 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(attention_ops, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(attention_ops, "BLOCK_QUERIES", 1)
+    monkeypatch.setattr(blocks, "SCORES", elements)
+    monkeypatch.setattr(blocks, "LEAST_QUERIES", 1)
     monkeypatch.setattr(attention_ops, "TILE_ELEMENTS", elements)
     monkeypatch.setattr(attention_ops, "TILE_QUERIES", 1 + elements // 100)
 
@@ -228,7 +230,7 @@ def test_importance_flops_are_what_torch_counts(block: int, monkeypatch: pytest.
 @SETTINGS
 def test_importance_flops_are_a_sum_over_blocks(heads: int, n: int, past: int, share: float, width: int) -> None:
     m, queries = n + past, max(1, int(share * n))
-    block, pairs = attention_ops._block(heads, m, queries), 0
+    block, pairs = blocks.query_block(heads, m, queries), 0
     for first in range(n - queries, n, block):
         last = min(first + block, n)
         pairs += (last - first) * (past + last)
@@ -236,7 +238,7 @@ def test_importance_flops_are_a_sum_over_blocks(heads: int, n: int, past: int, s
 
 
 def test_importance_flops_of_a_long_video_take_no_time() -> None:
-    n, block = 32 * 10**9, attention_ops.BLOCK_QUERIES
+    n, block = 32 * 10**9, blocks.LEAST_QUERIES
     assert importance_flops(28, 128, n, n, n) == 28 * 128 * n * (n + block)
 
 

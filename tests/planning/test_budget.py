@@ -12,9 +12,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support.decoders import account
 
+from tokenreduce.budget import Budget
 from tokenreduce.errors import BudgetError, PipelineError
 from tokenreduce.pipeline import build, load_pipeline
-from tokenreduce.planning.budget import SPAN_BLOCK, Account, Budget, kv_pairs, released_removal
+from tokenreduce.planning.account import SPAN_BLOCK, Account, kv_pairs, released_removal
 from tokenreduce.planning.cost import DecoderShape, kv_bytes, prefill_flops
 from tokenreduce.planning.feasibility import check
 from tokenreduce.planning.schedule import forecast

@@ -14,7 +14,7 @@ from support.decoders import KINDS, account, decoder, embeddings, tokens_of
 import tokenreduce as tr
 from tokenreduce.errors import BudgetError, PipelineError
 from tokenreduce.pipeline import Pipeline, build, load_pipeline
-from tokenreduce.planning.budget import Account
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.feasibility import check
 from tokenreduce.planning.schedule import Conductor, forecast
 from tokenreduce.strategy import (

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tokenreduce.budget import Budget
 from tokenreduce.layout import TokenLayout
-from tokenreduce.planning.budget import Account, Budget
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.strategy import Site, StageContext
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenreduce.cli._output import print_json, print_table
 from tokenreduce.errors import BudgetError, TokenReduceError
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.architectures import Architecture
-from tokenreduce.planning.budget import Account
 from tokenreduce.planning.cost import kv_bytes
 from tokenreduce.planning.memory import Peak, largest, prefill_peak
 

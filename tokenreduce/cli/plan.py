@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from tokenreduce.pipeline import Pipeline
+    from tokenreduce.planning.account import Account
     from tokenreduce.planning.architectures import Architecture
-    from tokenreduce.planning.budget import Account
 
 BLOCKS = "▏▎▍▌▋▊▉█"
 
@@ -76,7 +76,7 @@ def plan(
 def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, similar: float) -> Account:
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import build
-    from tokenreduce.planning.budget import Account
+    from tokenreduce.planning.account import Account
     from tokenreduce.planning.feasibility import check
     from tokenreduce.planning.schedule import forecast
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenreduce.budget import Budget
 from tokenreduce.errors import PipelineError
 from tokenreduce.pipeline import Pipeline, load_pipeline
-from tokenreduce.planning.budget import Budget
 
 BASELINE = "dense"
 """Name of the arm that reduces nothing."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.budget import Budget
 from tokenreduce.engine.forward.call import Call
 from tokenreduce.engine.forward.sequence import Sequence
 from tokenreduce.engine.model.callers import in_chunked_prefill, in_compiled_call
 from tokenreduce.errors import PipelineError, UnsupportedError
-from tokenreduce.planning.budget import Budget
 from tokenreduce.strategy import Strategy
 
 

@@ -13,12 +13,12 @@ from tokenreduce.engine.active import Ongoing
 from tokenreduce.engine.cache.adopt import adopt, forget_plans, refuse_cache, token_layers
 from tokenreduce.engine.cache.layers import KvPlan, TokenLayer
 from tokenreduce.engine.compiled.state import CompiledForward
+from tokenreduce.engine.forward import call as calls
 from tokenreduce.engine.forward.call import Call
 from tokenreduce.engine.forward.decode_step import Step, any_reduced, continued
 from tokenreduce.engine.forward.receipt import receipt
 from tokenreduce.engine.forward.sequence import Sequence
 from tokenreduce.engine.forward.state import Forward
-from tokenreduce.engine.forward import call as calls
 from tokenreduce.engine.model.callers import calls_of, in_compiled_call, working
 from tokenreduce.engine.model.gate import any_other, wait_until
 from tokenreduce.engine.model.host import Host
@@ -37,8 +37,8 @@ from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
 from tokenreduce.planning import cost
-from tokenreduce.planning.budget import Account
-from tokenreduce.planning.feasibility import check_layout, check_pipeline
+from tokenreduce.planning.account import Account
+from tokenreduce.planning.feasibility import check_pipeline, check_rows
 from tokenreduce.plugin_checks import sites_of
 from tokenreduce.trace import Trace
 
@@ -174,7 +174,9 @@ class Run:
         self.shape = host.shape  # As it was measured.
         if self._layout is not None:
             try:
-                check_layout(self.strategies, self._reducible(self._layout), self._account)
+                reducible = self._reducible(self._layout)
+                rows = [(int(row.sum()), int(row.int().argmax())) for row in reducible if row.any()]
+                check_rows(self.strategies, reducible.shape[1], rows, self._account)
             except BaseException:
                 host.give_back()
                 raise

@@ -14,10 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 21
-"""Scores that all heads have for the queries of one block: 8 MiB of float32, which stay in the cache."""
-BLOCK_QUERIES = 32
-"""Least queries of a block: with fewer, a long sequence's keys are read from memory more often than they are used."""
+from tokenreduce.ops.blocks import query_block
+
 TILE_QUERIES, TILE_ELEMENTS = 64, 1 << 20
 """Queries, and scores of one group of heads, in a tile where the rows' log-sum-exp is known."""
 
@@ -48,7 +46,7 @@ def column_sums(q: Tensor, k: Tensor, scale: float, queries: int, lse: Tensor | 
     groups, m, _ = k.shape
     share = total_heads // groups
     exact = torch.promote_types(q.dtype, torch.float32)
-    block, tile = _block(total_heads, m, queries), m
+    block, tile = query_block(total_heads, m, queries), m
     if lse is not None:
         block = min(queries, TILE_QUERIES)
         tile = min(m, max(1, TILE_ELEMENTS // (share * block)))
@@ -86,15 +84,6 @@ def column_sums(q: Tensor, k: Tensor, scale: float, queries: int, lse: Tensor | 
     return sums.view(total_heads, m)
 
 
-def importance_flops(heads: int, width: int, n: int, m: int, queries: int) -> int:
-    """Multiply-adds × 2 that `importance` spends on scores without `lse` (the softmax is not counted)."""
-    block = _block(heads, m, queries)
-    whole, rest = divmod(queries, block)
-    # Block number i of the whole ones sees the keys before the first query and (i + 1) · block more; the last one sees all.
-    pairs = block * (whole * (m - queries) + block * whole * (whole + 1) // 2) + rest * m
-    return 2 * heads * width * pairs
-
-
 @functools.cache
 def _kernels() -> ModuleType | None:
     """The Triton kernels, None where Triton is not installed."""
@@ -115,8 +104,3 @@ def _gpu_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor | None
     except Exception as error:
         warnings.warn(f"importance is computed in plain torch: its GPU kernel failed: {error!r}", stacklevel=2)
         return None
-
-
-def _block(heads: int, m: int, queries: int) -> int:
-    """Queries of a block of whole rows."""
-    return max(1, min(queries, max(BLOCK_QUERIES, BLOCK_ELEMENTS // max(heads * m, 1))))

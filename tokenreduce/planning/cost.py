@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tokenreduce.errors import BudgetError, UnsupportedError, nearest
+from tokenreduce.ops.blocks import query_block
 
 Form = Literal["exact", "causal", "paper"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -98,7 +99,7 @@ class DecoderShape:
         return _shape(_facts(config))
 
     @classmethod
-    def likely(cls, config: Any) -> tuple[list[DecoderShape], str]:
+    def candidates(cls, config: Any) -> tuple[list[DecoderShape], str]:
         """As `from_config`, where a model is there to be measured: the shapes that it may have, and what `from_config` misses.
 
         A token budget needs no more of them than how many layers there are."""
@@ -198,6 +199,18 @@ def prefill_flops(
 def similarity_flops(shape: DecoderShape, tokens: int) -> int:
     """Eq. 6: cosine similarity of `tokens` tokens with one other token each, 3 N D (a dot product and two norms)."""
     return 3 * tokens * shape.hidden
+
+
+def importance_flops(heads: int, width: int, n: int, m: int, queries: int) -> int:
+    """Multiply-adds × 2 that `ops.attention.importance` spends on scores without `lse` (the softmax is not counted).
+
+    heads: query heads, `width` wide. n: queries of the sequence. m: keys, m ≥ n. queries: how many of the last ones are summed.
+    """
+    block = query_block(heads, m, queries)
+    whole, rest = divmod(queries, block)
+    # Block number i of the whole ones sees the keys before the first query and (i + 1) · block more; the last one sees all.
+    pairs = block * (whole * (m - queries) + block * whole * (whole + 1) // 2) + rest * m
+    return 2 * heads * width * pairs
 
 
 def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], dtype_bytes: int) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
+from tokenreduce.budget import Budget
 from tokenreduce.errors import BudgetError, PipelineError
-from tokenreduce.planning.budget import Account, Budget
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.planning.schedule import forecast
 from tokenreduce.plugin_checks import flag, sites_of
@@ -24,20 +23,20 @@ def check_pipeline(strategies: Sequence[Strategy], budget: Budget | None, shape:
         check(strategies, Account(budget, shape, 1, 1))
 
 
-def check_layout(strategies: Sequence[Strategy], reducible: Tensor, account: Callable[[int, int], Account]) -> None:
-    """Refuse a budget that a row of `reducible` (B, N) bool cannot meet, however much of it is padding.
+def check_rows(
+    strategies: Sequence[Strategy], length: int, rows: Sequence[tuple[int, int]], account: Callable[[int, int], Account]
+) -> None:
+    """Refuse a budget that a row of a batch cannot meet, however much of it is padding.
 
-    account: of a total and a reducible count."""
-    for row in reducible:
-        count = int(row.sum())
-        if not count:
-            continue
+    length: of the batch, in tokens. rows: of each row that has any, how many tokens a stage may touch, and the column of the
+    first of them, which is the most padding that there can be. account: of a total and a reducible count.
+    """
+    for count, padding in rows:
         try:
-            check(strategies, account(len(row), count))
+            check(strategies, account(length, count))
         except BudgetError as refused:
-            padding = int(row.int().argmax())  # Each call is checked again, with its mask.
-            try:
-                check(strategies, account(len(row) - padding, count))
+            try:  # Each call is checked again, with its mask.
+                check(strategies, account(length - padding, count))
             except BudgetError:
                 raise refused from None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from tokenreduce.errors import BudgetError, TokenReduceError
-from tokenreduce.planning.budget import SPAN_BLOCK
+from tokenreduce.planning.account import SPAN_BLOCK
 from tokenreduce.planning.cost import DecoderShape, kv_bytes
 
 UNITS = {"b": 1} | {

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from tokenreduce.errors import BudgetError
-from tokenreduce.ops.attention import importance_flops
-from tokenreduce.planning.budget import Account, Change, Reading, kv_pairs, released_removal
+from tokenreduce.planning.account import Account, Change, ImportanceCost, kv_pairs, released_removal
+from tokenreduce.planning.cost import importance_flops
 from tokenreduce.plugin_checks import flag, outcome_of, sites_of
 from tokenreduce.strategy import Action, CountView, Queries, Site, Strategy
 
@@ -69,7 +69,7 @@ class Conductor:
         self.account = account
         depth = account.shape.layers
         self.depth = depth
-        self.asked: list[tuple[Site, StageRun]] = []
+        self.visited: list[tuple[Site, StageRun]] = []
         self.runs = [StageRun(strategy, sites_of(strategy, depth)) for strategy in strategies]
 
     def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
@@ -110,7 +110,7 @@ class Conductor:
                 if share is not None or run.solved:
                     yield site, self.account.fixed + max(int((share or 0) * self.account.reducible), 1)
 
-    def _reading(self, looks: Sequence[Look], tokens: int) -> Reading | None:
+    def _reading(self, looks: Sequence[Look], tokens: int) -> ImportanceCost | None:
         """What `looks` will spend on importance, if a budget pays for it. tokens: alive now."""
         account = self.account
         if not account.reads:
@@ -146,7 +146,7 @@ class Conductor:
     ) -> None:
         """Take note of what the stage did at `site`."""
         run.acted = True
-        self.asked.append((site, run))
+        self.visited.append((site, run))
         run.note = note or run.note
         place = self.runs.index(run)
         if finished or run.once or not run.after(site):
@@ -227,7 +227,7 @@ def forecast(
         for kind in ("pre_attention", "kv", "pre_ffn"):
             site = Site(layer, kind)  # type: ignore[arg-type]
             if kind == "pre_ffn":
-                attend(account, account.fixed + reducible, held, span)
+                account_attention(account, account.fixed + reducible, held, span)
             for run in conductor.due(site, lambda: account.fixed + reducible):  # noqa: B023
                 tokens = account.fixed + reducible
                 solve: Callable[[Action], int] | None = None
@@ -269,7 +269,7 @@ def reading_flops(account: Account, tokens: int, queries: Queries) -> int:
     return importance_flops(account.shape.heads, account.shape.head_dim, tokens, tokens, rows)
 
 
-def attend(account: Account, tokens: int, held: int | None, span: bool) -> None:
+def account_attention(account: Account, tokens: int, held: int | None, span: bool) -> None:
     """Enter the attention of one layer: `tokens` queries, `held` of them in the cache (None: all), see `kv_pairs`."""
     everything = held is None or held >= tokens
     account.attn.append(tokens)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenreduce.engine.forward.sequence import Sequence
-from tokenreduce.planning.budget import Account
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor, forecast
 from tokenreduce.strategy import Site, SiteKind, Strategy
 
@@ -56,7 +56,7 @@ def chain(sequences: Many[Sequence], strategies: Many[Strategy], deepstack: int)
     conductors = [_forecast(sequence, strategies if sequence.conductor.runs else ()) for sequence in sequences]
     asked: dict[Site, bool] = {}
     for conductor in conductors:
-        for site, run in conductor.asked:
+        for site, run in conductor.visited:
             asked[site] = asked.get(site, False) or run.strategy.capabilities.attention
     accounts = [conductor.account for conductor in conductors]
     depth = accounts[0].shape.layers

@@ -21,7 +21,7 @@ from tokenreduce.engine.forward.layer_hooks import tell
 from tokenreduce.engine.forward.state import Forward, gather_tables
 from tokenreduce.engine.model.tap import Attention, RowSums, attention_below, causal_mask
 from tokenreduce.errors import PipelineError, UnsupportedError
-from tokenreduce.planning.schedule import attend
+from tokenreduce.planning.schedule import account_attention
 from tokenreduce.strategy import Site, Strategy
 
 
@@ -230,7 +230,7 @@ class CompiledForward(Forward):
                     )
                 if kind == "kv":
                     sequence.attended = sequence.alive
-                    attend(sequence.conductor.account, len(sequence), None, False)
+                    account_attention(sequence.conductor.account, len(sequence), None, False)
             self.clock += 1
 
     def finish(self) -> None:

@@ -18,7 +18,7 @@ from tokenreduce.engine.forward.sequence import Sequence
 from tokenreduce.engine.model.callers import draft_length, in_generation
 from tokenreduce.errors import LayoutError
 from tokenreduce.layout import TokenLayout
-from tokenreduce.planning.budget import Account
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.feasibility import check
 from tokenreduce.planning.schedule import Conductor
 from tokenreduce.strategy import Strategy

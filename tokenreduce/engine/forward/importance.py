@@ -14,7 +14,8 @@ from tokenreduce.engine.forward.sequence import Sequence
 from tokenreduce.engine.model.parallel import over_ranks, total_heads
 from tokenreduce.engine.model.tap import RowSums
 from tokenreduce.errors import UnsupportedError
-from tokenreduce.ops.attention import importance, importance_flops
+from tokenreduce.ops.attention import importance
+from tokenreduce.planning.cost import importance_flops
 from tokenreduce.planning.schedule import StageRun
 from tokenreduce.strategy import Heads, Queries, Site, SiteKind
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenreduce.engine.cache.layers import KvPlan
 from tokenreduce.errors import PluginError, UnsupportedError
-from tokenreduce.planning.budget import SPAN_BLOCK, kv_pairs
+from tokenreduce.planning.account import SPAN_BLOCK, kv_pairs
 from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import Site, Span
 

@@ -15,8 +15,8 @@ from tokenreduce.engine.forward.kv_stages import Held, plan_kv
 from tokenreduce.engine.forward.sequence import Sequence, stage_trace
 from tokenreduce.engine.model.tap import Attention, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, UnsupportedError
-from tokenreduce.planning.budget import SPAN_BLOCK
-from tokenreduce.planning.schedule import StageRun, attend
+from tokenreduce.planning.account import SPAN_BLOCK
+from tokenreduce.planning.schedule import StageRun, account_attention
 from tokenreduce.plugin_checks import ask, checked
 from tokenreduce.strategy import Decision, Heads, Queries, Site
 from tokenreduce.trace import StageTrace
@@ -150,7 +150,7 @@ class Forward(Activity):
             kept = plan_kv(self, layer, x, plan)
         for sequence, held in zip(self.sequences, kept, strict=True):
             sequence.attended = sequence.alive
-            attend(sequence.conductor.account, len(sequence), *held)
+            account_attention(sequence.conductor.account, len(sequence), *held)
         if self.layers:
             self.layers[layer].plan = plan
 

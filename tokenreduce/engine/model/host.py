@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tokenreduce.adapter import FfnPair, ModelAdapter
+from tokenreduce.budget import Budget
 from tokenreduce.engine.model import tap
 from tokenreduce.engine.model.hooks import Hook, take_off
 from tokenreduce.engine.model.meter import Measured
@@ -18,7 +19,6 @@ from tokenreduce.engine.model.probe import prove
 from tokenreduce.engine.refusals import refuse_model
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.planning import cost
-from tokenreduce.planning.budget import Budget
 from tokenreduce.trace import Trace
 
 
@@ -43,7 +43,7 @@ class Host:
         self.config: Any = text.config
         self.layers = [uncompiled(layer) for layer in text.layers[: self.config.num_hidden_layers]]
         refuse_model(self.family, self.config)
-        self._shapes, self.unlike = cost.DecoderShape.likely(self.config)
+        self._shapes, self.unlike = cost.DecoderShape.candidates(self.config)
         self.shape = self._shapes[0]
         self.cached: list[int] | None = None
         self.cache_bytes = next(text.parameters()).element_size()
@@ -151,7 +151,7 @@ class Host:
             return
         self.cached = measured.cached
         if getattr(self.config, "quantization_config", None) is None:  # Its kernels are in nobody's registry.
-            reasons = [measured.unlike(shape) for shape in self._shapes]
+            reasons = [measured.mismatch(shape) for shape in self._shapes]
             best = reasons.index("") if "" in reasons else 0
             self.shape, self.unlike = self._shapes[best], reasons[best]
         wrong, unit, held = "", budget.unit if budget is not None else "tokens", set(self.cached)
@@ -173,7 +173,7 @@ class Host:
             for number, layer in enumerate(trace.layers):
                 held = int(layer.tokens.sum()) * self.cached[layer.layer] * self.cache_bytes
                 trace.layers[number] = replace(layer, kv_bytes=held)
-        return trace.uncount(self.unlike) if self.unlike else trace
+        return trace.without_flops(self.unlike) if self.unlike else trace
 
     def give_back(self) -> None:
         """Take the hooks off and restore the configuration."""

@@ -27,7 +27,7 @@ class Measured:
     cached: list[int]
     beside: list[str]
 
-    def unlike(self, shape: cost.DecoderShape) -> str:
+    def mismatch(self, shape: cost.DecoderShape) -> str:
         """What a layer costs other than in `shape`, empty if nothing."""
         said = (cost.layer_flops(shape, self.tokens, self.tokens, pairs=0), 4 * shape.heads * shape.head_dim)
         for layer, found in enumerate(zip(self.flops, self.pair, strict=True)):

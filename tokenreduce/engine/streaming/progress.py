@@ -12,7 +12,7 @@ from tokenreduce.errors import LayoutError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.ops.carry import Carry
 from tokenreduce.planning import cost
-from tokenreduce.planning.budget import SPAN_BLOCK, Account
+from tokenreduce.planning.account import SPAN_BLOCK, Account
 from tokenreduce.planning.schedule import forecast
 from tokenreduce.plugin_checks import sites_of
 from tokenreduce.strategy import Site, Strategy

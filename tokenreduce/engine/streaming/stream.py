@@ -24,7 +24,7 @@ from tokenreduce.layout import TokenLayout
 from tokenreduce.ops.carry import Carry
 from tokenreduce.pipeline import Pipeline, load_pipeline
 from tokenreduce.planning import cost
-from tokenreduce.planning.budget import Account
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor
 from tokenreduce.plugin_checks import carry_of, sites_of
 from tokenreduce.strategy import Site
