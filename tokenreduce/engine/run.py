@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -57,15 +57,16 @@ class _Local(threading.local):
 
 
 attached: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
-"""The run of each decoder that has one. It lives as long as the decoder, also if the caller of `attach` let go of it."""
+"""The run of each decoder that has one. It lives as long as the decoder, also if the caller of `reduce` let go of it."""
 _attaching = threading.Lock()
 
 
 class Run:
-    """A pipeline attached to a model. Made by `attach` or `reduce`; `detach` takes it off.
+    """A pipeline attached to a model. Made by `reduce`; the end of a `with` block, or `detach`, takes it off.
 
     trace: the receipt of this thread's last prefill with vision tokens (of any thread's, if this one ran none).
     layout: the explicit layout, if any; set a new one before a later turn that brings vision tokens of its own.
+    attached: whether the pipeline is on the model now. entered: whether a `with` block was begun, which will take it off.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Run:
         self._layout, self._fresh = layout, layout is not None
         self._local = _Local()
         self._last: Trace | None = None
-        self.attached = False
+        self.attached = self.entered = False
         if pipeline.stages:
             self.host = Host(model, adapter)
             self.shape = self.host.shape
@@ -149,11 +150,25 @@ class Run:
         text = self.host.decoder()
         return [*self._tower.modules, *(() if text is None else (text,))]
 
-    def __enter__(self) -> Run:
+    @property
+    def used(self) -> bool:
+        """Whether a forward with vision tokens has run, in any thread."""
+        return self._last is not None
+
+    def __enter__(self) -> Self:
+        self.entered = True
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.detach()
+        try:
+            self.detach()
+        except KeyboardInterrupt:
+            self.detach()  # Perhaps nobody outside holds the run: what Ctrl-C left is taken off here or never.
+            raise
+
+    def __repr__(self) -> str:
+        state = "attached; detach() takes it off" if self.attached else "not attached"
+        return f"<{type(self).__name__} of pipeline {self.pipeline.name}: {state}>"
 
     # Attaching --------------------------------------------------------------------------------------------------------
 

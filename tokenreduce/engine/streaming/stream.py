@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapter import ModelAdapter
-from tokenreduce.engine.attach import adapter_for
+from tokenreduce.engine.attach import adapter_for, check_arguments
 from tokenreduce.engine.cache.adopt import adopt
 from tokenreduce.engine.cache.layers import TokenLayer
 from tokenreduce.engine.forward.call import Call
@@ -47,10 +47,11 @@ def stream(model: nn.Module, pipeline: str | Path | dict[str, Any] | Pipeline, *
     Stages that must see the whole sequence are refused by name, and so is a budget.
 
     Args:
-        model, pipeline: as for `attach`. width: most tokens that the decoder takes at once.
+        model, pipeline: as for `reduce`. width: most tokens that the decoder takes at once.
 
     Raises PipelineError, UnsupportedError or AttachError before anything has run.
     """
+    check_arguments("stream", model, pipeline)
     if width < 1:
         raise PipelineError(f"stream: width must be at least 1, got {width}")
     return Stream(model, load_pipeline(pipeline), adapter_for(model, explicit=True), width)
@@ -106,9 +107,6 @@ class Stream(Run):
         if type(adapter).layout is ModelAdapter.layout:
             self.layout = TokenLayout.text(1, 1)  # What a bare decoder is given afterwards is text, unless it is said.
             self._fresh = False
-
-    def __enter__(self) -> Stream:
-        return self
 
     # The user's side --------------------------------------------------------------------------------------------------
 
