@@ -32,7 +32,7 @@ def measure(options: Options) -> dict[str, Any]:
             arm = f"{name}, {how}"
             model = _twin(weights)
             if name != "dense":
-                runs[arm] = tr.attach(model, name, budget=0.3, layout=layout)
+                runs[arm] = tr.reduce(model, name, budget=0.3, layout=layout)
             if how == "compiled":
                 model.compile()
             arms[arm] = _prefill(model, embeds)

@@ -102,7 +102,7 @@ def setting_rows(
 def feasible(model: Any, name: str, budget: float, layout: tr.TokenLayout) -> bool:
     """Whether the pipeline can meet the budget: few layers leave FastV, which begins with two dense ones, no room."""
     try:
-        tr.attach(model, name, budget=budget, layout=layout).detach()
+        tr.reduce(model, name, budget=budget, layout=layout).detach()
     except BudgetError as error:
         print(f"  C={budget} {name} left out: {error}", flush=True)
         return False

@@ -336,7 +336,7 @@ def test_a_strategy_whose_other_methods_break(fault: str, monkeypatch: pytest.Mo
     before = snapshot(model)
     pipeline = {"budget": 0.8, "stages": [{"strategy": "double", "at": 1}]}
     with pytest.raises(PluginError, match=f"strategy double.*{match}") as caught:
-        tr.attach(model, pipeline, layout=layout())
+        tr.reduce(model, pipeline, layout=layout())
     assert "\n" not in str(caught.value)
     assert_same(model, before)
 

@@ -177,6 +177,6 @@ def test_a_schedule_that_is_none(answer: Any, match: str, monkeypatch: pytest.Mo
     model = FAMILIES["llava_onevision"].model()
     before = snapshot(model)
     with pytest.raises(PluginError, match=f"strategy of_tokens: {match}") as caught:
-        tr.attach(model, {"stages": [{"strategy": "of_tokens", "at": 0}]})
+        tr.reduce(model, {"stages": [{"strategy": "of_tokens", "at": 0}]})
     assert "\n" not in str(caught.value)
     assert_same(model, before)

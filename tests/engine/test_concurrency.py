@@ -248,7 +248,7 @@ def test_one_model_is_attached_by_one_thread_only() -> None:
 
     def work(thread: int) -> Any:
         try:
-            return tr.attach(model, "random", budget=0.8, layout=layout())
+            return tr.reduce(model, "random", budget=0.8, layout=layout())
         except tr.TokenReduceError as error:
             return str(error)
 
@@ -269,7 +269,7 @@ def test_detach_waits_for_a_forward_in_another_thread() -> None:
         inside.set()
         assert go_on.wait(30)
 
-    run = tr.attach(model, "random", budget=0.8, layout=layout())
+    run = tr.reduce(model, "random", budget=0.8, layout=layout())
     expected = logits(model)
     handle = model.model.layers[2].register_forward_pre_hook(hold)
     with ThreadPoolExecutor(2) as pool:
@@ -336,7 +336,7 @@ def test_detach_while_a_forward_begins(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_mode(*args)
 
     monkeypatch.setattr(engine_run, "refuse_mode", slow)
-    run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+    run = tr.reduce(model, "fastv", budget=0.8, layout=layout())
     worker = threading.Thread(target=lambda: found.append(logits(model)))
     worker.start()
     assert inside.wait(30)
@@ -357,7 +357,7 @@ def test_a_call_whose_hooks_were_taken_off_is_dense() -> None:
     """torch reads a module's hooks before it calls them: one of them may come after detach."""
     model = tiny_model()
     before, dense = snapshot(model), logits(model)
-    run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+    run = tr.reduce(model, "fastv", budget=0.8, layout=layout())
     late = next(hook for hook in model.model._forward_pre_hooks.values() if isinstance(hook, Hook))
     run.detach()
     model.model.register_forward_pre_hook(late, with_kwargs=True)
@@ -377,7 +377,7 @@ def test_detach_after_a_thread_of_a_pool_was_broken_off(error: type[BaseExceptio
         raise error
 
     with ThreadPoolExecutor(1) as pool:
-        run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+        run = tr.reduce(model, "fastv", budget=0.8, layout=layout())
         handle = model.model.layers[2].register_forward_hook(fail)
         with pytest.raises(error):
             pool.submit(logits, model).result()
@@ -407,7 +407,7 @@ def test_detach_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "PATIENCE", 20.0)
     model, stop = tiny_model(), threading.Event()
     before, dense = snapshot(model), logits(model)
-    run = tr.attach(model, "fastv", budget=0.8, layout=layout())
+    run = tr.reduce(model, "fastv", budget=0.8, layout=layout())
     reduced = logits(model)
 
     def work(number: int) -> bool:

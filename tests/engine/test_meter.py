@@ -91,7 +91,7 @@ def test_a_budget_of_flops_is_refused_by_name(kind: str) -> None:
     with pytest.raises(
         UnsupportedError, match=r"its config .*; a budget in flops cannot be solved for it, one in tokens"
     ) as e:
-        tr.attach(subject, "random", budget={"flops": 0.6}, layout=LAYOUT)
+        tr.reduce(subject, "random", budget={"flops": 0.6}, layout=LAYOUT)
     assert type(subject).__name__ in str(e.value)
     assert "\n" not in str(e.value)
     assert_same(subject, before)
@@ -136,7 +136,7 @@ def test_uneven_caches_are_counted_and_not_solved_for() -> None:
     assert len(set(held)) > 1
     for budget in ({"kv_cache": 0.5}, {"kv_cache": 20_000}):
         with pytest.raises(UnsupportedError, match=r"cached numbers per token in a layer, its layers hold 36 or 72; "):
-            tr.attach(subject, "random", budget=budget, layout=LAYOUT)
+            tr.reduce(subject, "random", budget=budget, layout=LAYOUT)
 
 
 def test_a_share_of_a_cache_is_solved_where_its_layers_are_alike() -> None:
@@ -147,7 +147,7 @@ def test_a_share_of_a_cache_is_solved_where_its_layers_are_alike() -> None:
             spent = sum(cached(subject(IDS).past_key_values))
     assert run.trace.kv_bytes == spent <= 0.5 * dense
     with pytest.raises(UnsupportedError, match="a budget in kv_cache cannot be solved"):
-        tr.attach(subject, "random", budget={"kv_cache": dense}, layout=LAYOUT)
+        tr.reduce(subject, "random", budget={"kv_cache": dense}, layout=LAYOUT)
 
 
 def test_what_is_no_plain_attention_stays_refused() -> None:
@@ -172,8 +172,9 @@ def test_the_meter_counts_as_torch_does(inference: bool) -> None:
 
 
 def test_attached_in_inference_mode_it_measures_the_same() -> None:
-    with torch.inference_mode(), tr.reduce(model("jais2", {}), "random", budget={"flops": 0.6}, layout=LAYOUT) as run:
-        run.host.model(IDS)
+    subject = model("jais2", {})
+    with torch.inference_mode(), tr.reduce(subject, "random", budget={"flops": 0.6}, layout=LAYOUT) as run:
+        subject(IDS)
     assert run.trace.flops is not None
 
 
@@ -189,4 +190,4 @@ def test_a_quantized_model_is_believed() -> None:
     assert run.trace.flops is not None
     del subject.config.quantization_config
     with pytest.raises(UnsupportedError, match="a budget in flops cannot be solved"):
-        tr.attach(subject, "random", budget={"flops": 0.6}, layout=LAYOUT)
+        tr.reduce(subject, "random", budget={"flops": 0.6}, layout=LAYOUT)

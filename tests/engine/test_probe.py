@@ -106,7 +106,7 @@ def test_attention_that_goes_its_own_way() -> None:
     with pytest.raises(
         UnsupportedError, match="attention of layer 1 does not go through transformers' attention interface"
     ):
-        tr.attach(model, "random", budget=0.8, layout=layout())
+        tr.reduce(model, "random", budget=0.8, layout=layout())
     assert_same(model, before)
 
 
@@ -144,20 +144,20 @@ def test_a_decoder_is_probed_once_as_long_as_it_stays_the_same() -> None:
     calls: list[object] = []
 
     handle = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append("layer"))
-    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
-    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    tr.reduce(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    tr.reduce(model, "framefusion", budget=SHARE, layout=layout()).detach()
     assert calls == ["layer"]
-    tr.attach(model, "prune_only", budget=SHARE, layout=layout()).detach()
+    tr.reduce(model, "prune_only", budget=SHARE, layout=layout()).detach()
     assert calls == ["layer"] * 2  # Its stage is in another layer.
     layer = model.model.layers[1]
     other = layer.register_forward_hook(lambda module, args, out: out * 2)
     with pytest.raises(UnsupportedError, match="not x"):
-        tr.attach(model, "framefusion", budget=SHARE, layout=layout())
+        tr.reduce(model, "framefusion", budget=SHARE, layout=layout())
     other.remove()
-    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    tr.reduce(model, "framefusion", budget=SHARE, layout=layout()).detach()
     layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs) * 2
     with pytest.raises(UnsupportedError, match="not x"):
-        tr.attach(model, "framefusion", budget=SHARE, layout=layout())
+        tr.reduce(model, "framefusion", budget=SHARE, layout=layout())
     handle.remove()
 
 
@@ -169,7 +169,7 @@ def test_a_rotary_table_that_has_grown_is_left_so() -> None:
     with torch.no_grad():
         model(ids)
         grown, before = model.model.rotary_emb.inv_freq.clone(), snapshot(model)
-        tr.attach(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout()).detach()
+        tr.reduce(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout()).detach()
     assert torch.equal(model.model.rotary_emb.inv_freq, grown)
     assert model.model.rotary_emb.max_seq_len_cached == 64
     assert_same(model, before)
@@ -181,7 +181,7 @@ def test_attention_that_importance_is_not_defined_for(kind: str, named: str) -> 
     model = decoder(kind, layer_types=["full_attention"] * TEXT["num_hidden_layers"])
     before = snapshot(model)
     with pytest.raises(UnsupportedError, match=f"importance is not defined for attention with {named}"):
-        tr.attach(model, "fastv", budget=0.8, layout=layout())
+        tr.reduce(model, "fastv", budget=0.8, layout=layout())
     assert_same(model, before)
     with tr.reduce(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout()) as run:
         logits(model)
@@ -192,7 +192,7 @@ def test_a_decoder_with_a_cache_of_its_own() -> None:
     model = decoder("minimax", layer_types=["full_attention"] * TEXT["num_hidden_layers"])
     before = snapshot(model)
     with pytest.raises(UnsupportedError, match="does not run on a plain DynamicCache: ValueError: MiniMax uses cache"):
-        tr.attach(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout())
+        tr.reduce(model, {"stages": [{"strategy": "random", "keep": 0.5}]}, layout=layout())
     assert_same(model, before)
 
 

@@ -166,12 +166,12 @@ def test_stages_that_get_in_each_others_way_are_refused() -> None:
     prune = {"strategy": "importance_prune", "at": 3, "keep": 0.5}
     subject, layout = model(), PROMPTS["single"]().layout
     with pytest.raises(PipelineError, match=r"both act at layer\[4\]\.kv"):
-        tr.attach(subject, {"stages": [window | {"until": 4}, merge | {"from": 4}]}, layout=layout)
+        tr.reduce(subject, {"stages": [window | {"until": 4}, merge | {"from": 4}]}, layout=layout)
     for other in (window, merge):
         with pytest.raises(PipelineError, match="attention of layer 3"):
-            tr.attach(subject, {"stages": [prune, other]}, layout=layout)
+            tr.reduce(subject, {"stages": [prune, other]}, layout=layout)
         with pytest.raises(PipelineError, match="attention of layer 2"):
-            tr.attach(subject, {"stages": [prune | {"site": "pre_attention"}, other]}, layout=layout)
+            tr.reduce(subject, {"stages": [prune | {"site": "pre_attention"}, other]}, layout=layout)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -279,7 +279,7 @@ def test_a_budget_is_refused_before_anything_runs() -> None:
     model = decoder(6, hidden=16)
     pipeline: Pipeline = load_pipeline("fastv")
     with pytest.raises(BudgetError, match=r"smallest feasible budget here is 0\.4"):
-        tr.attach(model, pipeline, layout=LAYOUT, budget=0.2)
+        tr.reduce(model, pipeline, layout=LAYOUT, budget=0.2)
     trace = prefill(6, "fastv", 0.45)
     assert Fraction(sum(tokens_of(trace)[0]), 6 * TOTAL) <= Fraction(45, 100)
 

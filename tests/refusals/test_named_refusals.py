@@ -89,7 +89,7 @@ def test_packed_sequences() -> None:
 def test_attention_that_is_not_causal() -> None:
     config = LlamaConfig(**SIZES, is_causal=False)
     with pytest.raises(UnsupportedError, match="is_causal=False"):
-        tr.attach(LlamaForCausalLM(config).eval(), HALF, layout=layout())
+        tr.reduce(LlamaForCausalLM(config).eval(), HALF, layout=layout())
 
 
 def test_router_logits() -> None:

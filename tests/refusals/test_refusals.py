@@ -149,14 +149,14 @@ def test_output_attentions(attention: str) -> None:
 def test_an_unknown_family() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(UnsupportedError, match=r"no adapter for model type 'Linear'; supported families: .*qwen2_vl"):
-        tr.attach(model, "random", layout=layout())
+        tr.reduce(model, "random", layout=layout())
 
 
 def test_layers_with_a_state_of_their_own() -> None:
     model = tiny_model()
     model.config.layer_types = ["full_attention", "linear_attention"] * 2
     with pytest.raises(UnsupportedError, match=r"linear_attention|no adapter"):
-        tr.attach(model, "random", budget=SHARE, layout=layout())
+        tr.reduce(model, "random", budget=SHARE, layout=layout())
     assert hooks(model) == 0
 
 
@@ -171,7 +171,7 @@ def test_a_family_whose_ffn_is_not_a_plain_sum() -> None:
     model = granite()
     before = snapshot(model)
     with pytest.raises(UnsupportedError, match=r"GraniteForCausalLM \(decoder\): layer 0 is not x \+ FFN\(x\)"):
-        tr.attach(model, "framefusion", budget=SHARE, layout=layout())
+        tr.reduce(model, "framefusion", budget=SHARE, layout=layout())
     assert_same(model, before)
     with tr.reduce(model, "fastv", budget=SHARE, layout=layout()) as run:
         logits(model)
@@ -183,5 +183,5 @@ def test_a_family_without_a_point_before_the_ffn() -> None:
     torch.manual_seed(0)
     model = transformers.CohereForCausalLM(transformers.CohereConfig(**TEXT)).eval()
     with pytest.raises(UnsupportedError, match="layer 0 has no point between attention and FFN"):
-        tr.attach(model, "framefusion", budget=SHARE, layout=layout())
+        tr.reduce(model, "framefusion", budget=SHARE, layout=layout())
     assert hooks(model) == 0

@@ -257,7 +257,7 @@ def test_undo_is_bit_exact_also_after_an_exception_inside() -> None:
     before = snapshot(model)
     stages = {"stages": [REUSE, merge(1, 0.5), PRUNE]}
     for block, error in ((None, None), (1, RuntimeError), (0, KeyboardInterrupt)):
-        attached = tr.attach(model, stages)
+        attached = tr.reduce(model, stages)
         assert hooks(model) > sum(len(d) for d in before["hooks"][""])
         with torch.no_grad():
             if error is not None:
@@ -363,14 +363,14 @@ def test_what_a_family_cannot_do_is_refused_by_name(
     model = FAMILIES[name].model()
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        tr.attach(model, {"stages": stages})
+        tr.reduce(model, {"stages": stages})
     assert_same(model, before)
 
 
 def test_a_budget_is_the_decoders_and_needs_a_stage_there() -> None:
     model = FAMILIES["llava_onevision"].model()
     with pytest.raises(PipelineError, match="no stage of this pipeline chooses its count by a budget"):
-        tr.attach(model, {"stages": [merge()]}, budget=0.5)
+        tr.reduce(model, {"stages": [merge()]}, budget=0.5)
     inputs = sample(FAMILIES["llava_onevision"])
     with torch.no_grad(), tr.reduce(model, {"stages": [merge(), PRUNE | {"keep": None}]}, budget=0.8) as attached:
         model(**inputs)

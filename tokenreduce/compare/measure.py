@@ -19,7 +19,7 @@ from tokenreduce.compare.arms import Arm
 from tokenreduce.compare.conversation import Reply, Speaker, converse, kl_divergence, now
 from tokenreduce.compare.memory import Peak
 from tokenreduce.compare.tasks import Item
-from tokenreduce.engine.attach import attach
+from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
 from tokenreduce.errors import MediaError, TokenReduceError, UnsupportedError
 from tokenreduce.models import load_model, prepare
@@ -92,7 +92,7 @@ class Bench:
         # The embedded model spells numbers digit by digit: frame times would be a third of its input.
         self.frame_times = frame_times and model != EMBEDDED
         self.speaker = Speaker(self.model)
-        self.adapter = attach(self.model, NOTHING).adapter
+        self.adapter = reduce(self.model, NOTHING).adapter
         self.decoder = self.adapter.text_model(self.model)
         self.shape = DecoderShape.from_config(self.model.config)
         self._peaks: dict[str, Row] = {}
@@ -158,12 +158,9 @@ class Bench:
 
     @contextmanager
     def attached(self, pipeline: Pipeline) -> Iterator[Run]:
-        """`attach` for a while."""
-        run = attach(self.model, pipeline)
-        try:
+        """`reduce` for a while."""
+        with reduce(self.model, pipeline) as run:
             yield run
-        finally:
-            run.detach()
 
     def warm_up(self, item: Item) -> None:
         """Run each arm once untimed, and once more for its peak memory, which the next rows will carry."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.engine.attach import Run, attach
+from tokenreduce.engine.attach import Run, reduce
 from tokenreduce.errors import PipelineError, UnsupportedError
 from tokenreduce.pipeline import Pipeline
 from tokenreduce.planning.cost import DecoderShape, prefill_flops
@@ -109,11 +109,8 @@ def _attached(model: nn.Module, arm: Arm) -> Iterator[Run | None]:
     if arm.pipeline is None:
         yield None
         return
-    run = attach(model, arm.pipeline)
-    try:
+    with reduce(model, arm.pipeline) as run:
         yield run
-    finally:
-        run.detach()
 
 
 @contextmanager
