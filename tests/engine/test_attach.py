@@ -12,7 +12,6 @@ from support.families import FAMILIES, Text, Video
 from support.tiny import PRESETS, SHARE, assert_same, generate, hooks, layout, logits, prompt, snapshot, tiny_model
 
 import tokenreduce as tr
-from tokenreduce.engine.attach import detach
 from tokenreduce.errors import AttachError, BudgetError, TokenReduceError
 from tokenreduce.hookspecs import hookimpl
 from tokenreduce.plugins import manager
@@ -141,7 +140,7 @@ def test_after_a_refused_budget() -> None:
     model = tiny_model()
     before = snapshot(model)
     with pytest.raises(BudgetError):
-        tr.attach(model, "fastv", budget=0.01, layout=layout())
+        tr.reduce(model, "fastv", budget=0.01, layout=layout())
     assert_same(model, before)
 
 
@@ -150,17 +149,17 @@ def test_after_ctrl_c_while_attaching() -> None:
     handle = model.model.layers[1].register_forward_hook(raising(KeyboardInterrupt))
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        tr.attach(model, "fastv", budget=SHARE, layout=layout())
+        tr.reduce(model, "fastv", budget=SHARE, layout=layout())
     assert_same(model, before)
     handle.remove()
-    tr.attach(model, "fastv", budget=SHARE, layout=layout()).detach()
+    tr.reduce(model, "fastv", budget=SHARE, layout=layout()).detach()
 
 
 def test_a_training_model_stays_in_training() -> None:
     model = tiny_model().train()
     model.model.layers[1].eval()
     before = snapshot(model)
-    tr.attach(model, "framefusion", budget=SHARE, layout=layout()).detach()
+    tr.reduce(model, "framefusion", budget=SHARE, layout=layout()).detach()
     assert_same(model, before)
 
 
@@ -174,7 +173,7 @@ def test_attach_twice() -> None:
         expected = logits(model)
         for other in ("fastv", "random"):
             with pytest.raises(AttachError, match="pipeline fastv is attached to this model already; detach it first"):
-                tr.attach(model, other, budget=SHARE, layout=layout())
+                tr.reduce(model, other, budget=SHARE, layout=layout())
         with pytest.raises(AttachError), tr.reduce(model.model, "random", budget=SHARE, layout=layout()):
             pass
         assert torch.equal(logits(model), expected)
@@ -184,13 +183,13 @@ def test_attach_twice() -> None:
 def test_detach_twice_and_in_the_wrong_order() -> None:
     one, two = tiny_model(seed=1), tiny_model(seed=2)
     before = snapshot(one), snapshot(two)
-    first = tr.attach(one, "fastv", budget=SHARE, layout=layout())
-    second = tr.attach(two, "random", budget=SHARE, layout=layout())
+    first = tr.reduce(one, "fastv", budget=SHARE, layout=layout())
+    second = tr.reduce(two, "random", budget=SHARE, layout=layout())
     first.detach()
     first.detach()
     assert_same(one, before[0])
     assert hooks(two) > 0
-    again = tr.attach(one, "random", budget=SHARE, layout=layout())
+    again = tr.reduce(one, "random", budget=SHARE, layout=layout())
     first.detach()  # A run that is off does not take another one off.
     assert again.attached
     assert hooks(one) > 0
@@ -200,24 +199,101 @@ def test_detach_twice_and_in_the_wrong_order() -> None:
     assert_same(two, before[1])
 
 
-def test_a_run_lives_as_long_as_its_model() -> None:
-    """Nobody keeps the run: the pipeline stays on, and `detach(model)` takes it off; it does not keep the model alive."""
+def test_a_run_does_not_keep_its_model_alive() -> None:
     model = tiny_model()
-    before, dense = snapshot(model), logits(model)
-    tr.attach(model, "random", budget=SHARE, layout=layout())
-    gc.collect()
-    assert not torch.equal(logits(model), dense)
-    detach(model)
-    assert_same(model, before)
-    with pytest.raises(AttachError, match="no pipeline is attached to this Qwen2ForCausalLM"):
-        detach(model)
-    run = tr.attach(model, "random", budget=SHARE, layout=layout())
+    run = tr.reduce(model, "random", budget=SHARE, layout=layout())
     logits(model)
     gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
     run.detach()
+
+
+# Neither entered nor kept ---------------------------------------------------------------------------------------------
+
+
+def test_a_result_that_is_thrown_away_says_so() -> None:
+    model = tiny_model()
+    dense = logits(model)
+    with pytest.warns(
+        UserWarning, match=r"neither entered nor kept: pipeline fastv stays .*`run.detach\(\)`"
+    ) as warned:
+        tr.reduce(model, "fastv", budget=SHARE, layout=layout())
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert not torch.equal(logits(model)[:, -1], dense[:, -1])  # It stays on, as it says.
+    with pytest.raises(AttachError, match="pipeline fastv is attached to this model already"):
+        tr.reduce(model, "fastv", budget=SHARE, layout=layout())
+
+
+def test_a_result_that_was_of_use_is_let_go_of_in_silence() -> None:
+    """Warnings are errors here, in finalizers too."""
+    used, detached, entered, gone = (tiny_model(seed=seed) for seed in range(4))
+    run = tr.reduce(used, "fastv", budget=SHARE, layout=layout())
+    logits(used)
+    del run
+    tr.reduce(detached, "fastv", budget=SHARE, layout=layout()).detach()
+    with tr.reduce(entered, "fastv", budget=SHARE, layout=layout()):
+        pass
+    run = tr.reduce(gone, "fastv", budget=SHARE, layout=layout())
+    del gone
+    gc.collect()
+    del run
+    tr.reduce(entered, {"name": "nothing", "stages": []})
+    gc.collect()
+    assert hooks(used) > 0
+    assert hooks(detached) == hooks(entered) == 0
+
+
+def test_the_result_of_a_plain_call_is_the_run() -> None:
+    model = tiny_model()
+    before, dense = snapshot(model), logits(model)
+    run = tr.reduce(model, "fastv", budget=SHARE, layout=layout())
+    assert run.attached
+    assert repr(run) == "<Run of pipeline fastv: attached; detach() takes it off>"
+    first = logits(model)
+    assert run.trace.stages
+    run.layout = tr.TokenLayout.text(*prompt().shape)
+    assert torch.equal(logits(model), dense)
+    run.layout = layout()
+    with run:
+        assert torch.equal(logits(model), first)
+    assert not run.attached
+    assert repr(run) == "<Run of pipeline fastv: not attached>"
+    assert_same(model, before)
+
+
+def test_a_with_block_after_an_error_at_the_call() -> None:
+    """Attaching happens at the call, not on entering."""
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(BudgetError):
+        tr.reduce(model, "fastv", budget=0.01, layout=layout())
+    assert_same(model, before)
+    entering = tr.reduce(model, "fastv", budget=SHARE, layout=layout())
+    assert hooks(model) > 0
+    with entering as run:
+        assert run is entering
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("function", [tr.reduce, tr.stream])
+def test_arguments_of_the_wrong_kind(function: Any) -> None:
+    model = tiny_model()
+    before = snapshot(model)
+    name = function.__name__
+    with pytest.raises(AttachError) as error:
+        function("fastv", model)
+    assert str(error.value) == (
+        f"{name} takes a model and then a pipeline, got a value of type str for the model; the arguments are swapped: write "
+        f"tr.{name}(model, pipeline)"
+    )
+    with pytest.raises(AttachError, match="got None for the model: write"):
+        function(None, "fastv")
+    with pytest.raises(AttachError, match=r"takes a pipeline as a preset's name.*got a value of type int"):
+        function(model, 3)
+    assert_same(model, before)
 
 
 def test_a_trace_that_is_not_there() -> None:

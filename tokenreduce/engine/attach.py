@@ -85,6 +85,7 @@ def attach(
     layout: TokenLayout | None = None,
 ) -> Run:
     """Deprecated name of `reduce`, with the same arguments. Its Run may be let go of."""
+    warnings.warn("tokenreduce.attach is deprecated: call tokenreduce.reduce", DeprecationWarning, stacklevel=2)
     run = reduce(model, pipeline, budget=budget, layout=layout)
     run.entered = True  # `detach(model)` takes it off.
     return run
@@ -95,6 +96,11 @@ def detach(model: nn.Module) -> None:
 
     Keep what `reduce` returns instead, and call its `detach`.
     """
+    warnings.warn(
+        "tokenreduce.detach is deprecated: keep what tokenreduce.reduce returns, and call its detach()",
+        DeprecationWarning,
+        stacklevel=2,
+    )
     runs = [attached[module] for module in model.modules() if module in attached]
     if not runs:
         raise AttachError(f"no pipeline is attached to this {type(model).__name__}")
