@@ -12,12 +12,12 @@ from torch import nn
 
 from tokenreduce import plugins
 from tokenreduce.adapter import ModelAdapter
+from tokenreduce.budget import Budget
 from tokenreduce.engine.model.host import uncompiled
 from tokenreduce.engine.run import Run, attached
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, load_pipeline
-from tokenreduce.planning.budget import Budget
 
 __all__ = ["Run", "attach", "detach", "reduce"]
 
