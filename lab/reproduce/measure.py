@@ -13,7 +13,8 @@ import torch
 from lab.reproduce.plan import PER_FRAME, Condition, digest, pipeline
 from tokenreduce.compare.arms import BASELINE, Arm
 from tokenreduce.compare.measure import NOTHING, Bench
-from tokenreduce.compare.tasks import Item, Needles
+from tokenreduce.compare.needles import Needles
+from tokenreduce.compare.tasks import Item
 from tokenreduce.engine.run import Run
 from tokenreduce.errors import BudgetError
 from tokenreduce.pipeline import Pipeline

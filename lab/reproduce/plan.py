@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from tokenreduce.compare.arms import BASELINE
-from tokenreduce.compare.tasks import Needles, needles
+from tokenreduce.compare.needles import Needles, needles
 from tokenreduce.pipeline import Pipeline, load_pipeline
 from tokenreduce.planning.cost import DecoderShape, prefill_flops
 from tokenreduce.testbed.embedded import GRID, build_config, build_tokenizer

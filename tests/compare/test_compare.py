@@ -24,7 +24,7 @@ from tokenreduce.compare.checks import check_fired, check_model, check_shuffled
 from tokenreduce.compare.conversation import Reply, converse, kl_divergence
 from tokenreduce.compare.measure import NOTHING, Bench
 from tokenreduce.compare.memory import Peak
-from tokenreduce.compare.tasks import Needles, needles
+from tokenreduce.compare.needles import Needles, needles
 from tokenreduce.errors import BudgetError, NotFiredError, PipelineError, TokenReduceError
 from tokenreduce.pipeline import load_pipeline
 

@@ -11,8 +11,9 @@ from support.compare_tools import FAST, read_rows, read_summary, write_clip
 
 from tokenreduce.cli import main
 from tokenreduce.compare.files import open_folder
+from tokenreduce.compare.settings import open_task
 from tokenreduce.compare.store import Store
-from tokenreduce.compare.tasks import open_task, prompt_with_options, read_choice, read_free
+from tokenreduce.compare.tasks import prompt_with_options, read_choice, read_free
 from tokenreduce.errors import MediaError, TokenReduceError
 
 Captured = pytest.CaptureFixture[str]

@@ -13,7 +13,7 @@ from support.minicpm_v_golden import DATA, FAMILY, error, golden_inputs, greedy,
 from transformers import AutoModelForImageTextToText
 
 from tokenreduce.errors import CheckpointError, UnsupportedError
-from tokenreduce.models.loading import LoadOptions
+from tokenreduce.models.checkpoint import LoadOptions
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVForConditionalGeneration
 
 Model = MiniCPMVForConditionalGeneration

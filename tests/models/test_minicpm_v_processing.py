@@ -13,10 +13,10 @@ from PIL import Image
 from support.minicpm_v_golden import CASES, DATA, FAMILY, golden, load, table, upstream_folder
 
 from tokenreduce.errors import MediaError
-from tokenreduce.models.loading import read_json
+from tokenreduce.models.checkpoint import read_json
 from tokenreduce.models.minicpm_v import processing
 from tokenreduce.models.minicpm_v.family import config_from_upstream
-from tokenreduce.models.processing import VideoQuestion
+from tokenreduce.models.request import VideoQuestion
 
 TOKENIZER = FAMILY.processor(DATA / "checkpoint")
 CONFIG = config_from_upstream(DATA / "checkpoint", read_json(DATA / "checkpoint" / "config.json"), TOKENIZER)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenreduce.models.loading import LoadOptions, read_json
+from tokenreduce.models.checkpoint import LoadOptions, read_json
 from tokenreduce.models.minicpm_v.family import MiniCPMVFamily
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVForConditionalGeneration
 

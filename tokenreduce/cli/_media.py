@@ -70,7 +70,7 @@ class Asking:
 
     def decoder(self, model: Any) -> Callable[[Any], str] | None:
         """Token ids to text, by the tokenizer in the checkpoint's folder."""
-        from tokenreduce.models.processing import has_tokenizer, read_tokenizer
+        from tokenreduce.models.tokenizer import has_tokenizer, read_tokenizer
 
         folder = Path(model.name_or_path)
         if not has_tokenizer(folder):

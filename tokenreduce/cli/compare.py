@@ -121,8 +121,7 @@ def _settings(
 ) -> Settings:
     from tokenreduce.compare.arms import expand
     from tokenreduce.compare.measure import Sampling
-    from tokenreduce.compare.settings import Settings, baseline_name
-    from tokenreduce.compare.tasks import open_task
+    from tokenreduce.compare.settings import Settings, baseline_name, open_task
     from tokenreduce.testbed.embedded import EMBEDDED
 
     expanded = tuple(expand(arms or ["framefusion"], budgets or [], models or [EMBEDDED]))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from tokenreduce.compare.settings import Settings
+from tokenreduce.compare.store import Unit
+from tokenreduce.compare.worker import Done, Worker
 from tokenreduce.errors import TokenReduceError
-
-if TYPE_CHECKING:
-    from tokenreduce.compare.run import Done
-    from tokenreduce.compare.settings import Settings
-    from tokenreduce.compare.store import Unit
 
 LOCAL = "local"
 ATTEMPTS = 3
@@ -77,10 +77,6 @@ class _Actor:
     """A worker process."""
 
     def __init__(self, settings: Settings, pictures: int) -> None:
-        import torch
-
-        from tokenreduce.compare.run import Worker
-
         torch.set_num_threads(1)
         self.worker = Worker(settings, settings.open_task(), pictures)
 

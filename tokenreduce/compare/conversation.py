@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenreduce.errors import CheckpointError, UnsupportedError
 from tokenreduce.models.loading import family_of
-from tokenreduce.models.processing import has_tokenizer, read_tokenizer
+from tokenreduce.models.tokenizer import has_tokenizer, read_tokenizer
 
 CHATML = "<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 MARK = "ANSWERMARK"

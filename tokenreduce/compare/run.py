@@ -4,57 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenreduce.compare.arms import Arm
-from tokenreduce.compare.checks import FIRED_WITHIN, Check, check_fired, check_model
-from tokenreduce.compare.measure import Bench
-from tokenreduce.compare.patches import picture
+from tokenreduce.compare.checks import FIRED_WITHIN, check_fired
+from tokenreduce.compare.cluster import run_on_ray
 from tokenreduce.compare.report import write_report
 from tokenreduce.compare.settings import Settings
 from tokenreduce.compare.store import Store, Unit
 from tokenreduce.compare.summary import summarise
 from tokenreduce.compare.tasks import Task
+from tokenreduce.compare.worker import Done, Worker
 from tokenreduce.config.yaml_source import parse_yaml
 from tokenreduce.pipeline import load_pipeline
 
 REPORT_EVERY = 60.0
 """Seconds between two reports while a comparison runs."""
 Tell = Callable[[int, int], None]
-
-
-@dataclass
-class Done:
-    """What came of one unit: rows, and where there are some, checks of its model and pictures."""
-
-    unit: Unit
-    rows: list[dict[str, Any]]
-    checks: list[Check] = field(default_factory=list)
-    picture: dict[str, Any] | None = None
-
-
-class Worker:
-    """Runs units one after the other, in this process. Its first unit of each model brings the checks."""
-
-    def __init__(self, settings: Settings, task: Task, pictures: int) -> None:
-        self.settings, self.task, self.pictures = settings, task, pictures
-        self._bench: Bench | None = None
-
-    def run(self, unit: Unit) -> Done:
-        """One example through all arms of one model."""
-        model, index = unit
-        item = self.task.item(index)
-        checks: list[Check] = []
-        if self._bench is None or self._bench.name != model:
-            self._bench = None  # The last model goes before the next one comes.
-            self._bench = self.settings.bench(model, self.task)
-            checks = check_model(self._bench, item)
-            self._bench.warm_up(item)
-        rows, outcomes = self._bench.rows(item, index)
-        drawn = picture(self._bench, item, index, outcomes) if index < self.pictures else None
-        return Done(unit, rows, checks, drawn)
 
 
 def compare(
@@ -105,8 +72,6 @@ def _results(settings: Settings, task: Task, units: Sequence[Unit], pictures: in
     if not units:
         return
     if ray is not None:
-        from tokenreduce.compare.cluster import run_on_ray
-
         yield from run_on_ray(settings, units, pictures, ray)
         return
     worker = Worker(settings, task, pictures)

@@ -10,8 +10,10 @@ from typing import Any
 
 from tokenreduce import __version__
 from tokenreduce.compare.arms import Arm
+from tokenreduce.compare.files import open_folder
 from tokenreduce.compare.measure import Bench, Sampling
-from tokenreduce.compare.tasks import Task, open_task
+from tokenreduce.compare.needles import NEEDLE, needles
+from tokenreduce.compare.tasks import Task
 from tokenreduce.errors import TokenReduceError
 from tokenreduce.testbed.embedded import EMBEDDED, WEIGHTS
 
@@ -70,6 +72,17 @@ class Settings:
             "models": {model: fingerprint(model) for model in self.models},
             "arms": [arm.settings() for arm in self.arms],
         }
+
+
+def open_task(name: str, seed: int, **options: Any) -> Task:
+    """`needle`, a folder of videos with a questions file, or a data set saved by the `datasets` library.
+
+    options: of `needles`, plus `questions`: path of a questions file.
+    """
+    questions = options.pop("questions", None)
+    if name == NEEDLE:
+        return needles(seed=seed, **options)
+    return open_folder(Path(name), seed, None if questions is None else Path(questions))
 
 
 def fingerprint(model: str) -> str:

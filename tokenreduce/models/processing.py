@@ -3,66 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    BatchFeature,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoProcessor, BatchFeature, PreTrainedModel
 
-from tokenreduce.errors import CheckpointError, MediaError, UnsupportedError
-from tokenreduce.media.video import FPS, MAX_FRAMES, VideoClip, VideoInfo, probe, read_frames, sample_indices
-from tokenreduce.models.loading import family_of, one_line, read_json
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-Video = str | Path | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
-
-
-@dataclass(frozen=True)
-class VideoQuestion:
-    """What `prepare` was asked; see there. None means: as the model was made for."""
-
-    video: Video
-    question: str
-    frame_times: Sequence[float] | None = None
-    duration: float | None = None
-    time_instruction: bool = True
-    max_slice_nums: int | None = None
-    use_image_id: bool | None = None
-    fps: float | None = None
-    max_frames: int | None = None
-    force_sample: bool | None = None
-    progress: Callable[[int, int], None] | None = None
-
-    def clip(self, choose: Callable[[VideoInfo], list[int]]) -> VideoClip:
-        """The frames to show: those `choose` picks from a file, or all of an array, which was sampled by the caller."""
-        if isinstance(self.video, str | Path):
-            if self.frame_times is not None or self.duration is not None:
-                raise MediaError(f"{self.video}: frame_times and duration belong to arrays; a video file has its own")
-            info = probe(self.video)
-            indices = choose(info)
-            return VideoClip.of(info, indices, read_frames(self.video, indices, info=info, progress=self.progress))
-        return self._given_clip(_frame_list(self.video))
-
-    def _given_clip(self, frames: list[NDArray[np.uint8]]) -> VideoClip:
-        count, fps = len(frames), self.fps or FPS
-        if self.frame_times is None:
-            times, duration = [i / fps for i in range(count)], count / fps if self.duration is None else self.duration
-        elif len(self.frame_times) != count:
-            raise MediaError(f"frame_times has {len(self.frame_times)} entries for {count} frames; give one per frame")
-        elif self.duration is None:
-            raise MediaError("frame_times without duration: give the length of the video in seconds as well")
-        else:
-            times, duration = [float(time) for time in self.frame_times], self.duration
-        return VideoClip(frames=frames, times=times, duration=float(duration), fps=fps, indices=list(range(count)))
+from tokenreduce.errors import CheckpointError, UnsupportedError
+from tokenreduce.media.video import FPS, MAX_FRAMES, sample_indices
+from tokenreduce.models.checkpoint import message_of
+from tokenreduce.models.loading import family_of
+from tokenreduce.models.request import Video, VideoQuestion
 
 
 def prepare(
@@ -128,50 +78,11 @@ def prepare(
     return inputs.to(model.device, dtype=model.dtype)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a vocabulary."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def read_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
-    """The tokenizer of a checkpoint folder; `config`: of the language model inside, as the folder's may be foreign."""
-    remedy = "copy the tokenizer files of the checkpoint there, or give prepare(processor=…)"
-    if not has_tokenizer(folder):  # transformers would make an empty tokenizer without a word
-        raise CheckpointError(f"{folder}: no tokenizer in it ({', '.join(TOKENIZER_FILES)}); {remedy}")
-    try:
-        if _is_generic(folder):
-            # Given a model type, AutoTokenizer would put that family's pre-tokenizer in place of the folder's own.
-            return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({one_line(error)}); {remedy}") from None
-
-
-def _is_generic(folder: Path) -> bool:
-    """Whether the folder's tokenizer.json is complete in itself, of no model family."""
-    file = folder / "tokenizer_config.json"
-    kind = read_json(file).get("tokenizer_class") if file.is_file() else None
-    return kind in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file()
-
-
 def _folder(model: PreTrainedModel) -> Path:
     name = model.name_or_path
     if not name:
         raise CheckpointError(f"{type(model).__name__} was not loaded from a folder; give prepare(processor=…)")
     return Path(name)
-
-
-def _frame_list(video: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-    """One (H, W, 3) array per frame."""
-    frames: list[NDArray[np.uint8]] = []
-    for item in video:
-        array = np.asarray(item)
-        if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
-            raise MediaError(f"frames must be uint8 RGB arrays (F, H, W, 3), got {array.dtype} {array.shape}")
-        frames += [array] if array.ndim == 3 else list(array)
-    if not frames:
-        raise MediaError("the video has no frames")
-    return frames
 
 
 def _prepare_with_transformers(model: PreTrainedModel, request: VideoQuestion, processor: Any) -> BatchFeature:
@@ -207,9 +118,9 @@ def _hf_processor(model: PreTrainedModel) -> Any:
     except ImportError as error:
         raise UnsupportedError(
             f"{type(model).__name__}: its Hugging Face processor needs a package that is not installed "
-            f"({one_line(error).split('. ')[0]}); install it, usually torchvision, or build the inputs by hand"
+            f"({message_of(error).split('. ')[0]}); install it, usually torchvision, or build the inputs by hand"
         ) from None
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{model.name_or_path}: no processor could be read ({one_line(error)}); give prepare(processor=…)"
+            f"{model.name_or_path}: no processor could be read ({message_of(error)}); give prepare(processor=…)"
         ) from None

@@ -14,9 +14,11 @@ from transformers import BatchFeature, GenerationConfig, PreTrainedModel, Qwen2C
 
 from tokenreduce.errors import CheckpointError, LayoutError, UnsupportedError
 from tokenreduce.media.video import FPS, MAX_FRAMES, VideoClip, sample_indices
+from tokenreduce.models.checkpoint import LoadOptions, load_strict, read_json
+from tokenreduce.models.family import Family
 from tokenreduce.models.llava_video.modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
-from tokenreduce.models.loading import Family, LoadOptions, load_strict, read_json
-from tokenreduce.models.processing import VideoQuestion, has_tokenizer, read_tokenizer
+from tokenreduce.models.request import VideoQuestion
+from tokenreduce.models.tokenizer import has_tokenizer, read_tokenizer
 
 RENAMES = {
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",

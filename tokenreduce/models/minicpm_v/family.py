@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import BatchFeature, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
 
 from tokenreduce.errors import CheckpointError, UnsupportedError
-from tokenreduce.models.loading import Family, LoadOptions, load_strict, read_json
+from tokenreduce.models.checkpoint import LoadOptions, load_strict, read_json
+from tokenreduce.models.family import Family
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVConfig, MiniCPMVForConditionalGeneration
 from tokenreduce.models.minicpm_v.processing import build_video_inputs
-
-if TYPE_CHECKING:
-    from tokenreduce.models.processing import VideoQuestion
+from tokenreduce.models.request import VideoQuestion
 
 SIGLIP = {
     "hidden_size": 1152,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from tokenreduce.errors import MediaError
-
-if TYPE_CHECKING:
-    from tokenreduce.models.minicpm_v.modeling import MiniCPMVConfig
-    from tokenreduce.models.processing import VideoQuestion
+from tokenreduce.models.minicpm_v.modeling import MiniCPMVConfig
+from tokenreduce.models.request import VideoQuestion
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

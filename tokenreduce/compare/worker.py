@@ -1,0 +1,45 @@
+"""One process of a comparison: it holds a model and runs units of work, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenreduce.compare.checks import Check, check_model
+from tokenreduce.compare.measure import Bench
+from tokenreduce.compare.patches import picture
+from tokenreduce.compare.settings import Settings
+from tokenreduce.compare.store import Unit
+from tokenreduce.compare.tasks import Task
+
+
+@dataclass
+class Done:
+    """What came of one unit: rows, and where there are some, checks of its model and pictures."""
+
+    unit: Unit
+    rows: list[dict[str, Any]]
+    checks: list[Check] = field(default_factory=list)
+    picture: dict[str, Any] | None = None
+
+
+class Worker:
+    """Runs units one after the other, in this process. Its first unit of each model brings the checks."""
+
+    def __init__(self, settings: Settings, task: Task, pictures: int) -> None:
+        self.settings, self.task, self.pictures = settings, task, pictures
+        self._bench: Bench | None = None
+
+    def run(self, unit: Unit) -> Done:
+        """One example through all arms of one model."""
+        model, index = unit
+        item = self.task.item(index)
+        checks: list[Check] = []
+        if self._bench is None or self._bench.name != model:
+            self._bench = None  # The last model goes before the next one comes.
+            self._bench = self.settings.bench(model, self.task)
+            checks = check_model(self._bench, item)
+            self._bench.warm_up(item)
+        rows, outcomes = self._bench.rows(item, index)
+        drawn = picture(self._bench, item, index, outcomes) if index < self.pictures else None
+        return Done(unit, rows, checks, drawn)
