@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tokenreduce.layout import TokenLayout
     from tokenreduce.models import load_model, prepare
     from tokenreduce.pipeline import Pipeline, load_pipeline
+    from tokenreduce.planning.plan import plan
     from tokenreduce.reduction import Reduction
     from tokenreduce.trace import Trace
 
@@ -30,6 +31,7 @@ _HOME = {
     "detach": "tokenreduce.engine.attach",
     "load_model": "tokenreduce.models",
     "load_pipeline": "tokenreduce.pipeline",
+    "plan": "tokenreduce.planning.plan",
     "prepare": "tokenreduce.models",
     "reduce": "tokenreduce.engine.attach",
     "stream": "tokenreduce.engine.streaming.stream",
@@ -48,6 +50,7 @@ __all__ = [
     "detach",
     "load_model",
     "load_pipeline",
+    "plan",
     "prepare",
     "reduce",
     "stream",

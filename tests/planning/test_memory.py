@@ -32,6 +32,7 @@ from tokenreduce.models.llava_video.family import SO400M
 from tokenreduce.models.llava_video.modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
 from tokenreduce.models.minicpm_v.family import SIGLIP
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVConfig, MiniCPMVForConditionalGeneration
+from tokenreduce.models.parameters import counted
 from tokenreduce.pipeline import build, load_pipeline
 from tokenreduce.planning.architectures import Architecture, architecture
 from tokenreduce.planning.cost import DecoderShape, kv_bytes
@@ -226,7 +227,7 @@ def test_weights_of_the_known_models_are_those_of_the_class(name: str, parameter
     assert sum(parameter.numel() for parameter in meta(name).parameters()) == parameters
     arch = architecture(name)
     assert abs(arch.weight_bytes() - 2 * parameters) <= 1e-4 * 2 * parameters
-    assert arch.counted() is arch
+    assert counted(arch) is arch
 
 
 def floats_in_sight(model: Any, decoder: Any, inputs: Any) -> tuple[int, int]:
@@ -292,14 +293,14 @@ def test_weights_of_a_config_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     facts = json.loads(file.read_text())
     # Without the class's name, from the shape: all but the biases.
-    assert architecture(tmp_path).counted().parameters is None
+    assert counted(architecture(tmp_path)).parameters is None
     file.write_text(json.dumps(facts | {"architectures": ["Qwen2ForCausalLM"], "dtype": "float32"}))
-    arch = architecture(tmp_path).counted()
+    arch = counted(architecture(tmp_path))
     assert arch.weight_bytes() == sum(parameter.nbytes for parameter in model.parameters())
     assert arch.positions == 4096
     assert "all weights counted" in arch.note
     file.write_text(json.dumps(facts | {"architectures": ["NobodysModel"], "dtype": "float32"}))
-    arch = architecture(file).counted()
+    arch = counted(architecture(file))
     biases = DEPTH * 3 * HIDDEN
     assert arch.weight_bytes() == sum(parameter.nbytes for parameter in model.parameters()) - 4 * biases
     assert "no vision tower" in arch.note
@@ -328,10 +329,10 @@ def test_amounts_of_memory() -> None:
 
 
 def test_more_memory_is_never_fewer_frames() -> None:
-    from tokenreduce.cli._plan_memory import dense, edge
+    from tokenreduce.planning.longest import dense, longest_video
 
     arch: Architecture = architecture("qwen2.5-vl-7b")
     memories = [arch.weight_bytes() + step * 2**26 for step in range(0, 300, 7)]
-    frames = [edge(arch, dense(arch), memory)["frames_by_memory"] for memory in memories]
+    frames = [longest_video(arch, dense(arch), memory)["frames_by_memory"] for memory in memories]
     assert frames == sorted(frames)
     assert frames[0] == 0 < frames[-1]

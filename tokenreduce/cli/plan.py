@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from tokenreduce.pipeline import Pipeline
-    from tokenreduce.planning.account import Account
     from tokenreduce.planning.architectures import Architecture
+    from tokenreduce.planning.plan import Plan
 
 BLOCKS = "▏▎▍▌▋▊▉█"
 
@@ -44,6 +44,7 @@ def plan(
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import load_pipeline
     from tokenreduce.planning.architectures import architecture
+    from tokenreduce.planning.plan import plan_on
 
     if output is not None and output.exists() and not force:
         raise TokenReduceError(f"{output} exists; give another --output, or --force to overwrite it")
@@ -56,136 +57,50 @@ def plan(
             raise TokenReduceError("--memory asks how many frames fit: leave out --frames and --output")
         _largest(loaded, arch, memory, similar, json)
         return
-    plans = {one.name: _forecast(one, arch, frames, similar) for one in loaded}
-    towers = {one.name: _tower_lines(one) for one in loaded}
+    plans = {one.name: plan_on(one, arch, frames, similar) for one in loaded}
     if json:
-        print_json({name: _data(account) for name, account in plans.items()})
+        print_json({name: one.to_dict() for name, one in plans.items()})
     else:
         print(
             f"{arch.name}: {arch.shape.layers} layers, {arch.frames if frames is None else frames} frames, "
             f"{arch.tokens(frames)} tokens ({arch.text_tokens} of text){'; ' + arch.note if arch.note else ''}"
         )
-        for name, account in plans.items():
-            _print(name, account, similar)
-            for line in towers[name]:
-                print(line)
+        for one in plans.values():
+            _print(one, similar)
     if output is not None:
-        _draw(plans, output)
-
-
-def _forecast(pipeline: Pipeline, arch: Architecture, frames: int | None, similar: float) -> Account:
-    from tokenreduce.errors import TokenReduceError
-    from tokenreduce.pipeline import build
-    from tokenreduce.planning.account import Account
-    from tokenreduce.planning.feasibility import check
-    from tokenreduce.planning.schedule import forecast
-
-    strategies = build(pipeline)
-    total, reducible = arch.tokens(frames), arch.vision_tokens(frames)
-    account = Account(pipeline.budget, arch.shape, total, reducible, arch.dtype_bytes)
-    try:
-        check(strategies, account)
-        forecast(strategies, account, similar=similar, frames=arch.steps(frames))
-    except TokenReduceError as error:
-        raise type(error)(f"{pipeline.name} on {arch.name}: {error}") from None
-    return account
+        _draw(plans, arch, output)
 
 
 def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar: float, json: bool) -> None:
-    from tokenreduce.cli._plan_memory import Plan, dense, show
-    from tokenreduce.pipeline import build
-    from tokenreduce.planning.feasibility import read_later, spans
+    from tokenreduce.cli._plan_memory import show
+    from tokenreduce.models.parameters import counted
+    from tokenreduce.planning.longest import dense, reduced
     from tokenreduce.planning.memory import parse_bytes
 
-    available, arch = parse_bytes(memory), arch.counted()
-    plans = {"dense": dense(arch)}
-    for one in pipelines:
-        stages = build(one)
-        plans[one.name] = Plan(
-            lambda frames, one=one: _forecast(one, arch, frames, similar),  # type: ignore[misc]
-            read_later(stages, arch.shape.layers),
-            spans(stages, arch.shape.layers),
-            one.budget is None or one.budget.relative,
-        )
-    show(arch, plans, available, similar, json)
+    available, arch = parse_bytes(memory), counted(arch)
+    loads = {"dense": dense(arch)} | {one.name: reduced(one, arch, similar) for one in pipelines}
+    show(arch, loads, available, similar, json)
 
 
-def _tower_lines(pipeline: Pipeline) -> list[str]:
-    """What stages in the vision tower leave of its work. The table above is the decoder's alone."""
-    from tokenreduce.pipeline import build_vision
-
-    lines = []
-    for strategy in build_vision(pipeline):
-        at, keep = getattr(strategy.config, "at", None), getattr(strategy.config, "keep", None)
-        where = strategy.capabilities.sites[0] if at is None else f"vision.block[{at}]"
-        left = "as much as the video asks for" if keep is None else f"{keep} of each frame's patches"
-        lines.append(f"vision tower (not in the table): {strategy.name} at {where} leaves {left}")
-    return lines
-
-
-def _data(account: Account) -> dict[str, Any]:
-    from tokenreduce.planning.cost import kv_bytes, layer_flops, prefill_flops
-
-    shape, n = account.shape, account.total
-    dense = [n] * shape.layers
-    layers = [
-        {
-            "layer": number,
-            "tokens": held,
-            "flops": layer_flops(shape, attn, ffn, pairs=pairs),
-            "kv_bytes": kv_bytes(shape, [held], account.cache_bytes),
-        }
-        for number, (attn, ffn, held, pairs) in enumerate(
-            zip(account.attn, account.ffn, account.kv, account.pairs, strict=True)
-        )
-    ]
-    # Merged keys are compared under a causal mask, half of the pairs; the blocks of a span are counted as they are.
-    causal = [
-        pairs // 2 if pairs == attn * held else pairs
-        for attn, held, pairs in zip(account.attn, account.kv, account.pairs, strict=True)
-    ]
-    return {
-        "tokens": n,
-        "relative_tokens": sum(account.kv) / (shape.layers * n),
-        "flops": prefill_flops(shape, account.attn, account.ffn, pairs=account.pairs),
-        "relative_flops": prefill_flops(shape, account.attn, account.ffn, pairs=account.pairs)
-        / prefill_flops(shape, dense, dense),
-        "predicted_speedup": prefill_flops(shape, dense, dense, form="causal")
-        / prefill_flops(shape, account.attn, account.ffn, form="causal", pairs=causal),
-        "kv_bytes": kv_bytes(shape, account.kv, account.cache_bytes),
-        "dense_kv_bytes": kv_bytes(shape, dense, account.cache_bytes),
-        "layers": layers,
-    }
-
-
-def _print(name: str, account: Account, similar: float) -> None:
+def _print(plan: Plan, similar: float) -> None:
     from tokenreduce.cli._output import print_table
 
-    data = _data(account)
-    print(f"\n{name}, budget {account.budget or 'none'}")
-    rows, start = [], 0
-    layers = data["layers"]
-    for number, layer in enumerate(layers):
-        last = number + 1 == len(layers)
-        if last or any(layers[number + 1][key] != layer[key] for key in ("tokens", "flops")):
-            which = f"{start}" if start == number else f"{start}–{number}"
-            rows.append(
-                [
-                    which,
-                    f"{layer['tokens']:,}",
-                    _bar(layer["tokens"] / data["tokens"]),
-                    f"{layer['flops'] / 1e9:,.1f}",
-                    f"{layer['kv_bytes'] / 2**20:,.2f}",
-                ]
-            )
-            start = number + 1
+    print(f"\n{plan.name}, budget {plan.budget or 'none'}")
+    rows = [
+        [
+            which,
+            f"{layer.tokens:,}",
+            _bar(layer.tokens / plan.tokens),
+            f"{layer.flops / 1e9:,.1f}",
+            f"{layer.kv_bytes / 2**20:,.2f}",
+        ]
+        for which, layer in plan.alike()
+    ]
     print_table(["layers", "tokens", "share of the input", "GFLOP/layer", "KV MiB/layer"], rows)
-    print(
-        f"mean {sum(account.kv) / len(account.kv):,.1f} tokens per layer ({data['relative_tokens']:.4f}), "
-        f"{data['flops'] / 1e12:.2f} TFLOP ({data['relative_flops']:.4f}), KV cache {data['kv_bytes'] / 2**20:,.1f} MiB of "
-        f"{data['dense_kv_bytes'] / 2**20:,.1f}, predicted prefill speedup {data['predicted_speedup']:.2f}× (causal FLOPs)"
-    )
+    print(plan.summary)
     print(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
+    for line in plan.tower:
+        print(f"vision tower (not in the table): {line}")
 
 
 def _bar(share: float, width: int = 24) -> str:
@@ -193,17 +108,17 @@ def _bar(share: float, width: int = 24) -> str:
     return "█" * (eighths // 8) + (BLOCKS[eighths % 8 - 1] if eighths % 8 else "")
 
 
-def _draw(plans: dict[str, Account], output: Path) -> None:
+def _draw(plans: dict[str, Plan], arch: Architecture, output: Path) -> None:
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.media.pictures import plan_plot
     from tokenreduce.planning.cost import layer_flops
 
-    some = next(iter(plans.values()))
-    dense = layer_flops(some.shape, some.total, some.total)
-    tokens = {"dense": [some.total] * some.shape.layers} | {name: account.kv for name, account in plans.items()}
-    flops = {"dense": [dense] * some.shape.layers}
-    for name, account in plans.items():
-        flops[name] = [layer["flops"] for layer in _data(account)["layers"]]
+    total, depth = next(iter(plans.values())).tokens, arch.shape.layers
+    tokens = {"dense": [total] * depth}
+    flops = {"dense": [layer_flops(arch.shape, total, total)] * depth}
+    for name, plan in plans.items():
+        tokens[name] = [layer.tokens for layer in plan.layers]
+        flops[name] = [layer.flops for layer in plan.layers]
     try:
         plan_plot(tokens, flops, output)
     except (OSError, ValueError) as error:

@@ -27,26 +27,28 @@ ImportanceCost = Callable[[Sequence[int]], int]
 
 @dataclass
 class Account:
-    """What one sequence has spent of its budget, layer by layer, and what it can still afford.
-
-    Args:
-        budget: the declaration. shape: the decoder. total: tokens of the sequence. reducible: those a stage may touch.
-        cache_bytes: bytes of one KV cache element.
-        attn, ffn, kv: tokens that went through the attention and the FFN of each layer so far, and that its cache holds.
-        pairs: (query, key) pairs of each layer's attention; None for a full square.
-        selector_flops: FLOPs spent on computing importance.
-    """
+    """What one sequence has spent of its budget, layer by layer, and what it can still afford."""
 
     budget: Budget | None
+    """The declaration; None where there is nothing to meet."""
     shape: DecoderShape
+    """Of the decoder."""
     total: int
+    """Tokens of the sequence."""
     reducible: int
+    """Tokens that a stage may touch."""
     cache_bytes: int = 2
+    """Bytes of one element of the KV cache."""
     attn: list[int] = field(default_factory=list)
+    """Tokens that went through the attention of each layer so far."""
     ffn: list[int] = field(default_factory=list)
+    """Tokens that went through the FFN of each layer so far."""
     kv: list[int] = field(default_factory=list)
+    """Tokens that the cache of each layer so far holds."""
     pairs: list[int | None] = field(default_factory=list)
+    """(query, key) pairs of the attention of each layer so far; None for a full square."""
     selector_flops: int = 0
+    """FLOPs spent on computing importance."""
 
     @property
     def fixed(self) -> int:

@@ -21,43 +21,40 @@ FALLBACK = "llava-video-7b"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model as far as a plan needs it.
-
-    Args:
-        name: what the user types, or the path of the config.
-        shape: of its decoder.
-        tokens_per_frame: vision tokens of one step in time, markers such as newlines included.
-        text_tokens: assumed text around the video.
-        frames: frames a plan assumes by default.
-        dtype: of weights and KV cache.
-        frames_per_step: frames that the vision tower merges into one step.
-        threshold: similarity threshold of the FrameFusion paper, None where the paper gives none.
-        checkpoint: its name on the Hugging Face hub.
-        model_types: `model_type` of configs that are planned with this model's input.
-        note: one line to show beside the plan, "" if there is nothing to say.
-        positions: the most tokens it was made for, None if unknown.
-        vision_parameters: parameters outside the decoder: vision tower and projector.
-        held_per_step: elements that a step's vision features and what else the tower made take while the decoder runs.
-        tied: the LM head is the embedding.
-        parameters: of everything, where they were counted; None to work them out from the shape.
-    """
+    """A model as far as a plan needs it."""
 
     name: str
+    """What the user types, or where its config came from: a path, or the name or family that a loaded one gives."""
     shape: DecoderShape
+    """Of its decoder."""
     tokens_per_frame: int
+    """Vision tokens of one step in time, markers such as newlines included."""
     text_tokens: int
+    """Tokens of text assumed around the video."""
     frames: int
+    """Frames a plan assumes by default."""
     dtype: str
+    """Of weights and KV cache, a name in DTYPE_BYTES."""
     frames_per_step: int = 1
+    """Frames that the vision tower merges into one step."""
     threshold: float | None = None
+    """Similarity threshold of the FrameFusion paper, None where the paper gives none."""
     checkpoint: str = ""
+    """Its name on the Hugging Face hub."""
     model_types: list[str] = field(default_factory=list)
+    """`model_type` of configs that are planned with this model's input."""
     note: str = ""
+    """One line to show beside the plan, "" if there is nothing to say."""
     positions: int | None = None
+    """The most tokens it was made for, None if unknown."""
     vision_parameters: int = 0
+    """Parameters outside the decoder: vision tower and projector."""
     held_per_step: int = 0
+    """Elements that a step's vision features and what else the tower made take while the decoder runs."""
     tied: bool = False
+    """The LM head is the embedding."""
     parameters: int | None = None
+    """Parameters of everything, where they were counted; None to work them out from the shape."""
 
     @property
     def dtype_bytes(self) -> int:
@@ -95,20 +92,6 @@ class Architecture:
             return self.parameters * self.dtype_bytes
         return (decoder_parameters(self.shape, self.tied) + self.vision_parameters) * self.dtype_bytes
 
-    def counted(self) -> Architecture:
-        """This, with `parameters` of the model that its config.json describes: built on the meta device, without memory.
-
-        Where transformers has no such model the vision tower is taken to be that of the known one; the note says so.
-        """
-        if self.name in _known():
-            return self
-        total = _count(Path(self.name), self.shape)
-        tower = (
-            f"a vision tower of {self.vision_parameters / 1e6:.0f} M" if self.vision_parameters else "no vision tower"
-        )
-        how = "all weights counted" if total else f"weights from the decoder's shape, and {tower}"
-        return replace(self, parameters=total, note=f"{self.note}; {how}")
-
 
 @cache
 def _known() -> dict[str, Architecture]:
@@ -122,13 +105,35 @@ def architectures() -> tuple[str, ...]:
     return tuple(_known())
 
 
-def architecture(model: str | Path) -> Architecture:
-    """The known model of that name, or the decoder that a `config.json` (or the folder it is in) describes.
+def architecture(model: Any) -> Architecture:
+    """The known model of that name, or the decoder that a config describes.
 
-    A config says nothing of the tokens a frame becomes: these come from the known model of its `model_type`, else from
-    LLaVA-Video, and `note` says so. Raises UnsupportedError naming the nearest known model.
+    model: a name; the path of a `config.json` or of the folder it is in; a transformers config; a loaded model, which also
+    says its dtype and its parameters; an Architecture. A config says nothing of the tokens a frame becomes: these come from
+    the known model of its `model_type`, else from LLaVA-Video, and `note` says so. Raises UnsupportedError naming the nearest
+    known model.
     """
-    name = str(model)
+    if isinstance(model, Architecture):
+        return model
+    if isinstance(model, (str, Path)):
+        return _named(str(model))
+    config = getattr(model, "config", model)
+    if not (hasattr(config, "to_dict") and hasattr(config, "model_type")):
+        raise UnsupportedError(
+            f"no model in a {type(model).__name__}: give a known name ({', '.join(_known())}), the path of a config.json, "
+            "a transformers config, or a loaded model"
+        )
+    facts: dict[str, Any] = config.to_dict()
+    name = getattr(config, "name_or_path", "") or config.model_type or type(config).__name__
+    arch = _from_config(name, facts, DecoderShape.from_config(config))
+    if config is model:
+        return arch
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    count = sum(int(parameter.numel()) for parameter in model.parameters())
+    return replace(arch, dtype=dtype if dtype in DTYPE_BYTES else arch.dtype, parameters=count)
+
+
+def _named(name: str) -> Architecture:
     known = _known()
     if name.lower() in known:
         return known[name.lower()]
@@ -136,13 +141,13 @@ def architecture(model: str | Path) -> Architecture:
         raise UnsupportedError(
             f"unknown model '{name}'{nearest(name.lower(), known)}, or give the path of a config.json"
         )
-    return _from_config(Path(name))
-
-
-def _from_config(path: Path) -> Architecture:
-    shape = DecoderShape.from_config(path)
+    path = Path(name)
+    shape = DecoderShape.from_config(path)  # Says what is wrong with a file that cannot be read.
     file = path / "config.json" if path.is_dir() else path
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return _from_config(str(path), json.loads(file.read_text(encoding="utf-8")), shape)
+
+
+def _from_config(name: str, config: dict[str, Any], shape: DecoderShape) -> Architecture:
     text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
     family = config.get("model_type")
     like = next((arch for arch in _known().values() if family in arch.model_types), None)
@@ -155,7 +160,7 @@ def _from_config(path: Path) -> Architecture:
     note = f"{base.tokens_per_frame} tokens per frame and {base.text_tokens} of text, taken from {base.name}"
     return replace(
         base,
-        name=str(path),
+        name=name,
         shape=shape,
         dtype=dtype if dtype in DTYPE_BYTES else base.dtype,
         threshold=base.threshold if like else None,
@@ -167,24 +172,3 @@ def _from_config(path: Path) -> Architecture:
         held_per_step=held,
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
     )
-
-
-def _count(path: Path, shape: DecoderShape) -> int | None:
-    """Parameters of transformers' model for a config.json; None where it has none, or one with another decoder."""
-    import torch
-    import transformers
-
-    file = path / "config.json" if path.is_dir() else path
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    kind = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
-    config_class = getattr(kind, "config_class", None)
-    if kind is None or config_class is None:
-        return None
-    try:
-        with torch.device("meta"):
-            model = kind(config_class.from_dict(config))
-        if DecoderShape.from_config(model.config) != shape:
-            return None
-    except Exception:  # each model class has its own kinds; without a count the plan goes by the shape
-        return None
-    return sum(int(parameter.numel()) for parameter in model.parameters())

@@ -47,28 +47,26 @@ OTHER = ("mamba_d_state", "num_kv_shared_layers")
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The widths of a decoder that decide its cost, all in numbers of elements.
-
-    Args:
-        layers: decoder layers, all alike.
-        hidden: D, width of the residual stream.
-        ffn: M, width of the FFN that one token passes through; the sum over those it visits in a mixture of experts.
-        heads, kv_heads: query heads, and key/value heads (fewer in grouped-query attention).
-        head_dim: width of one head; heads · head_dim need not be `hidden`.
-        vocab: rows of the LM head.
-        gated: the FFN has three matrices (gate, up, down) instead of two.
-        router: experts that a router scores for each token, 0 without a mixture of experts.
-    """
+    """The widths of a decoder that decide its cost, all in numbers of elements."""
 
     layers: int
+    """Decoder layers, all alike."""
     hidden: int
+    """D, width of the residual stream."""
     ffn: int
+    """M, width of the FFN that one token passes through; the sum over those it visits in a mixture of experts."""
     heads: int
+    """Query heads."""
     kv_heads: int
+    """Key/value heads, fewer than `heads` in grouped-query attention."""
     head_dim: int
+    """Width of one head; heads · head_dim need not be `hidden`."""
     vocab: int
+    """Rows of the LM head."""
     gated: bool = True
+    """The FFN has three matrices (gate, up, down) instead of two."""
     router: int = 0
+    """Experts that a router scores for each token, 0 without a mixture of experts."""
 
     @property
     def cached(self) -> int:

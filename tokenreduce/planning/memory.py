@@ -27,18 +27,18 @@ _AMOUNT = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class Peak:
-    """What lives at the moment of a prefill that takes most, in bytes.
-
-    Args:
-        weights: parameters. inputs: embeddings, rotary tables and what the vision tower left, from beginning to end.
-        kv: keys and values cached by then. activations: everything else. layer: where it is; the depth for the LM head.
-    """
+    """What lives at the moment of a prefill that takes most, in bytes."""
 
     weights: int
+    """Bytes of the parameters."""
     inputs: int
+    """Bytes of embeddings, rotary tables and what the vision tower left, from beginning to end."""
     kv: int
+    """Bytes of keys and values cached by then."""
     activations: int
+    """Bytes of everything else."""
     layer: int
+    """Where it is; the depth for the LM head."""
 
     @property
     def total(self) -> int:

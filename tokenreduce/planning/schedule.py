@@ -21,12 +21,19 @@ class StageRun:
     """One stage in one sequence: where it may act, and how far it is."""
 
     strategy: Strategy
+    """Whose stage it is."""
     sites: list[Site]
+    """Where it may act, in the order of the forward."""
     done: bool = False
+    """It will not be asked again."""
     acted: bool = False
+    """It was asked at least once."""
     note: str = ""
+    """Why it ended, or what its last decision said of itself."""
     free_from: int = 0
+    """`order` of the first site at which it may act if it waits for the stages before it."""
     state: dict[str, Any] = field(default_factory=dict)
+    """What the strategy keeps between its sites."""
 
     @property
     def once(self) -> bool:
@@ -69,7 +76,8 @@ class Conductor:
         self.account = account
         depth = account.shape.layers
         self.depth = depth
-        self.visited: list[tuple[Site, StageRun]] = []
+        self.visited: list[Look] = []
+        """Where stages have acted so far, in order."""
         self.runs = [StageRun(strategy, sites_of(strategy, depth)) for strategy in strategies]
 
     def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
