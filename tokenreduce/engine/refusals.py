@@ -10,32 +10,10 @@ from torch import Tensor, nn
 
 from tokenreduce.budget import Budget
 from tokenreduce.engine.forward.call import Call
-from tokenreduce.engine.forward.sequence import Sequence
-from tokenreduce.engine.model.callers import in_chunked_prefill, in_compiled_call
+from tokenreduce.engine.forward.sequence import TokenSequence
+from tokenreduce.engine.model.callers import in_chunked_prefill
 from tokenreduce.errors import PipelineError, UnsupportedError
 from tokenreduce.strategy import Strategy
-
-
-def refuse_model(family: str, config: Any) -> None:
-    """Refuse decoders with layers other than attention, or with attention that is not causal."""
-    if not getattr(config, "is_causal", True):
-        raise UnsupportedError(f"{family}: its tokens see those behind them (is_causal=False), which is not supported")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds == {"sliding_attention"} and getattr(config, "sliding_window", None):
-        kinds = set()  # Like full attention up to the window's length, which every call is held to.
-    if kinds:
-        raise UnsupportedError(
-            f"{family}: its decoder has {', '.join(sorted(kinds))} layers, whose state does not follow reduced tokens; not "
-            "supported"
-        )
-
-
-def compiled(modules: Iterable[nn.Module]) -> bool:
-    """Whether the call that is going on is compiled, or one of `modules`, the decoder and its layers."""
-    return in_compiled_call() or any(
-        module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for module in modules
-    )
 
 
 def refuse_compiled(family: str, text: nn.Module, strategies: Iterable[Strategy]) -> None:
@@ -141,7 +119,7 @@ def refuse_mode(family: str, text: Any, config: Any, call: Call, modules: list[n
         )
 
 
-def check_ran(family: str, layers: int, sequences: Iterable[Sequence]) -> None:
+def check_ran(family: str, layers: int, sequences: Iterable[TokenSequence]) -> None:
     """Refuse a decoder that left some of its layers out (early exit, layer dropping), unless a stage waited for them.
 
     Then NotFiredError is due, which names the stage.
@@ -152,7 +130,7 @@ def check_ran(family: str, layers: int, sequences: Iterable[Sequence]) -> None:
             raise UnsupportedError(f"{family}: only {ran} of its {layers} layers ran, which is not supported")
 
 
-def check_spent(pipeline: str, budget: Budget | None, sequences: Iterable[Sequence]) -> None:
+def check_spent(pipeline: str, budget: Budget | None, sequences: Iterable[TokenSequence]) -> None:
     """Refuse what a prefill spent above its budget: no strategy, a plugin's least of all, may keep more than it was given."""
     for sequence in sequences:
         account = sequence.conductor.account

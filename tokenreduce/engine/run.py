@@ -14,18 +14,18 @@ from tokenreduce.engine.cache.adopt import adopt, forget_plans, refuse_cache, to
 from tokenreduce.engine.cache.layers import KvPlan, TokenLayer
 from tokenreduce.engine.compiled.state import CompiledForward
 from tokenreduce.engine.forward import call as calls
+from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.call import Call
 from tokenreduce.engine.forward.decode_step import Step, any_reduced, continued
 from tokenreduce.engine.forward.receipt import receipt
-from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.forward.state import Forward
-from tokenreduce.engine.model.callers import calls_of, in_compiled_call, working
+from tokenreduce.engine.model.callers import calls_of, in_compiled_call, is_compiled, working
 from tokenreduce.engine.model.gate import any_other, wait_until
 from tokenreduce.engine.model.host import Host
 from tokenreduce.engine.refusals import (
     check_ran,
     check_spent,
-    compiled,
     refuse_call,
     refuse_compiled,
     refuse_mode,
@@ -274,7 +274,7 @@ class Run:
             kwargs = {**kwargs, "past_key_values": cache}
         layers = [] if cache is None else adopt(cache, len(self.host.layers), call.valid_past)
         forward = self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs))
-        forward.stages += told
+        forward.looks.traces += told
         self._ongoing.start(forward)
         return kwargs
 
@@ -328,13 +328,12 @@ class Run:
         return layout if layout is not None and bool(layout.vision[:, : call.width - call.draft].any()) else None
 
     def _forward(
-        self, call: Call, sequences: list[Sequence], layers: list[TokenLayer], deepstack: list[Tensor]
+        self, call: Call, sequences: list[TokenSequence], layers: list[TokenLayer], deepstack: list[Tensor]
     ) -> Forward:
         host, valid, draft = self.host, call.valid if sequences else None, call.draft if sequences else 0
         facts: dict[str, Any] = {
-            "sequences": sequences, "layers": layers, "modules": host.modules, "implementation": host.implementation,
-            "config": host.config, "width": call.width, "valid": valid, "deepstack": deepstack, "draft": draft,
-            "group": host.group,
+            "batch": Batch(sequences, call.width, valid, draft), "layers": layers, "modules": host.modules,
+            "implementation": host.implementation, "config": host.config, "deepstack": deepstack, "group": host.group,
         }  # fmt: skip
         if not self._compiled():
             return Forward(**facts)
@@ -343,7 +342,7 @@ class Run:
         )
 
     def _compiled(self) -> bool:
-        return compiled([self.host.text, *self.host.layers])
+        return is_compiled([self.host.text, *self.host.layers])
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder, also when it raised: drop the state, and write the trace."""

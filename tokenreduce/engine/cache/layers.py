@@ -251,6 +251,14 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
             self.span = None if self.span is None else change(self.span)
 
 
+def tokens_before(layer: TokenLayer | None, rows: int, device: torch.device) -> Tensor:
+    """(B,) long: tokens of earlier turns in each row of a cache layer; zeros where there is none."""
+    # A window may have slid past all that a layer held; it goes on counting.
+    if layer is None or (not layer.held and layer.end is None):
+        return torch.zeros(rows, dtype=torch.long, device=device)
+    return layer.places(rows, device)[1]
+
+
 def lengthened(real: Tensor, count: int) -> Tensor:
     """`real` (B, n) bool with as many more columns of True as make it `count` columns."""
     return real if real.shape[1] == count else torch.nn.functional.pad(real, (0, count - real.shape[1]), value=True)

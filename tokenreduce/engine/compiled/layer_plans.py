@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor, forecast
 from tokenreduce.strategy import Site, SiteKind, Strategy
@@ -51,7 +51,7 @@ class Step:
         return (self.ffn is not None and self.ffn.reads) or (after is not None and after.reads)
 
 
-def chain(sequences: Many[Sequence], strategies: Many[Strategy], deepstack: int) -> Step:
+def chain(sequences: Many[TokenSequence], strategies: Many[Strategy], deepstack: int) -> Step:
     """The step that leads to layer 0, from a forecast of all counts. deepstack: how many layers have rows added after them."""
     conductors = [_forecast(sequence, strategies if sequence.conductor.runs else ()) for sequence in sequences]
     asked: dict[Site, bool] = {}
@@ -76,7 +76,7 @@ def chain(sequences: Many[Sequence], strategies: Many[Strategy], deepstack: int)
     return Step(-1, None, None, False, step)
 
 
-def _forecast(sequence: Sequence, strategies: Many[Strategy]) -> Conductor:
+def _forecast(sequence: TokenSequence, strategies: Many[Strategy]) -> Conductor:
     """The counts of `sequence` in every layer, as `tokenreduce plan` knows them."""
     own = sequence.conductor.account
     account = Account(own.budget, own.shape, own.total, own.reducible, own.cache_bytes)

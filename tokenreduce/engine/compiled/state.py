@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tokenreduce.engine.cache.layers import KvPlan, TokenLayer
 from tokenreduce.engine.compiled import operators
 from tokenreduce.engine.compiled.layer_plans import MOMENTS, chain
-from tokenreduce.engine.forward.importance import UNREADABLE, Reading
-from tokenreduce.engine.forward.layer_hooks import tell
-from tokenreduce.engine.forward.state import Forward, gather_tables
-from tokenreduce.engine.model.tap import Attention, RowSums, attention_below, causal_mask
+from tokenreduce.engine.forward.batch import gather_tables
+from tokenreduce.engine.forward.importance import AttentionRecord
+from tokenreduce.engine.forward.state import Forward
+from tokenreduce.engine.model.tap import UNREADABLE, Attention, RowSums, attention_below, causal_mask
 from tokenreduce.errors import PipelineError, UnsupportedError
 from tokenreduce.planning.schedule import account_attention
 from tokenreduce.strategy import Site, Strategy
@@ -62,12 +62,12 @@ class CompiledForward(Forward):
         query, key, valid, scale = (None, None, None, 1.0) if self.read is None else self.read
         self.read = None
         out, index, there = operators.visit(
-            x, query, key, valid, scale, todo.layer, todo.moment, todo.counts, self.draft
+            x, query, key, valid, scale, todo.layer, todo.moment, todo.counts, self.batch.draft
         )
         if not todo.changes:
             return None
-        self.index = index
-        self.valid = there if todo.padded else None
+        self.batch.index = index
+        self.batch.valid = there if todo.padded else None
         return out  # type: ignore[no-any-return]
 
     def enter_attention(self, layer: int, x: Tensor) -> None:
@@ -81,7 +81,7 @@ class CompiledForward(Forward):
 
     def rotate(self, embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As Forward.rotate, but for each layer anew: in a graph it cannot be seen whether two tuples are one."""
-        index = self.index
+        index = self.batch.index
         return embeddings if index is None else gather_tables(embeddings, index)
 
     def attention_layer(self, module: nn.Module) -> int | None:
@@ -94,7 +94,9 @@ class CompiledForward(Forward):
             return False
         self.held = layer
         if not self.opaque and self.step is not None:
-            layer.plan = KvPlan(self.logical, self.valid, draft=self.draft, repacked=self.index is not None)
+            layer.plan = KvPlan(
+                self.logical, self.batch.valid, draft=self.batch.draft, repacked=self.batch.index is not None
+            )
         return self.opaque
 
     def attend(
@@ -126,10 +128,10 @@ class CompiledForward(Forward):
             out = operators.attend(self.input, query, key, value, mask, scale, held.number)
             self.read = (query, key, None, scale) if reads else None
             return out, None
-        valid = self.valid if held is None else held.valid
+        valid = self.batch.valid if held is None else held.valid
         if reads:
             self.read = (query, key, valid, scale)
-        if self.index is not None or (held is not None and held.reduced):
+        if self.batch.index is not None or (held is not None and held.reduced):
             mask = causal_mask(self.implementation, self.config, query, key.shape[-2], valid)
         return base(module, query, key, value, mask, **kwargs)
 
@@ -156,7 +158,7 @@ class CompiledForward(Forward):
         before = None if lent is None else lent.real
         try:
             if query is not None and key is not None:
-                self.attention = Reading(source, query, key, scale, RowSums())
+                self.attention = AttentionRecord(source, query, key, scale, RowSums())
             if lent is not None:
                 lent.real = valid
             out = super().visit(site, x.clone())
@@ -164,9 +166,9 @@ class CompiledForward(Forward):
             self.attention = None
             if lent is not None:
                 lent.real = before
-        tell(self)
+        self.looks.notify_observers()
         self._hold_to(site, counts)
-        return (None, None, None) if out is None else (out, self.index, self.valid)
+        return (None, None, None) if out is None else (out, self.batch.index, self.batch.valid)
 
     def _hold_to(self, site: Site, counts: Many[int]) -> None:
         """Refuse what the graph was not made for."""
@@ -198,7 +200,7 @@ class CompiledForward(Forward):
                 self.catch_up(layer, 1)
                 self.clock += 1
                 super().enter_attention(layer, x)
-                tell(self)
+                self.looks.notify_observers()
             keys, values = self.layers[layer].update(key.clone(), value.clone())
             module = self.attention_modules[layer]
             base = attention_below(self.implementation, module)

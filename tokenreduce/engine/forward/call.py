@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.engine.cache.adopt import seen_tokens
-from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.model.callers import draft_length, in_generation
 from tokenreduce.errors import LayoutError
 from tokenreduce.layout import TokenLayout
@@ -147,8 +147,8 @@ def sequences(
     reducible: Tensor,
     strategies: Many[Strategy],
     account: Callable[[int, int], Account],
-) -> list[Sequence]:
-    """One Sequence per row. reducible: (B, N) bool. account: of a total and a reducible count.
+) -> list[TokenSequence]:
+    """One TokenSequence per row. reducible: (B, N) bool. account: of a total and a reducible count.
 
     Raises BudgetError where the budget cannot be met, LayoutError where the pipeline protects every vision token of a row.
     """
@@ -170,5 +170,7 @@ def sequences(
             raise LayoutError(f"row {row} has vision tokens, and the pipeline protects all of them; nothing could fire")
         slot, frame = layout.slot[row, columns], layout.frame[row, columns]
         conductor = Conductor(strategies if count else [], its)
-        made.append(Sequence(row, columns, slot, frame, media[row, columns], reducible[row, columns], count, conductor))
+        made.append(
+            TokenSequence(row, columns, slot, frame, media[row, columns], reducible[row, columns], count, conductor)
+        )
     return made

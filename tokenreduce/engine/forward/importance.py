@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenreduce.engine.cache.layers import lengthened
-from tokenreduce.engine.forward.sequence import Sequence
-from tokenreduce.engine.model.parallel import over_ranks, total_heads
-from tokenreduce.engine.model.tap import RowSums
+from tokenreduce.engine.cache.layers import TokenLayer, lengthened
+from tokenreduce.engine.forward.batch import Batch
+from tokenreduce.engine.forward.sequence import TokenSequence
+from tokenreduce.engine.model.parallel import over_ranks
+from tokenreduce.engine.model.tap import UNREADABLE, RowSums
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.ops.attention import importance
 from tokenreduce.planning.cost import importance_flops
 from tokenreduce.planning.schedule import StageRun
 from tokenreduce.strategy import Heads, Queries, Site, SiteKind
 
-if TYPE_CHECKING:
-    from tokenreduce.engine.forward.state import Forward
-
-UNREADABLE = ("softcap", "s_aux", "position_bias")
-
 
 @dataclass
-class Reading:
+class AttentionRecord:
     """Queries (B, H, q, d) and keys (B, G, k, d) of `layer` as they went into attention, and what attention found of its rows."""
 
     layer: int
@@ -36,7 +32,7 @@ class Reading:
     rows: RowSums
 
     @classmethod
-    def of(cls, layer: int, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> Reading:
+    def of(cls, layer: int, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> AttentionRecord:
         """UnsupportedError where attention is not a softmax of scaled products alone."""
         refused = [name for name in UNREADABLE if kwargs.get(name) is not None]
         if refused:
@@ -44,23 +40,33 @@ class Reading:
         scale = kwargs.get("scaling")
         return cls(layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), RowSums())
 
-    def importance(self, forward: Forward, sequence: Sequence, queries: Queries, heads: Heads) -> Tensor:
-        """(n,) attention that the tokens of `sequence` receive. Accounts for its FLOPs."""
+    def importance(
+        self,
+        batch: Batch,
+        cache: TokenLayer | None,
+        sequence: TokenSequence,
+        queries: Queries,
+        heads: Heads,
+        all_heads: int,
+        group: Any,
+    ) -> Tensor:
+        """(n,) attention that the tokens of `sequence`, a row of `batch`, receive. Accounts for its FLOPs.
+
+        cache: the cache layer of `layer`, if there is one. all_heads: heads of the layer, those of other ranks too (`group`).
+        """
         n = len(sequence.attended)
-        places = forward.here(n, self.query.shape[2])
+        places = batch.columns_of(n, self.query.shape[2])
         q, k = self.query[sequence.row, :, places], self.key[sequence.row]
-        held = forward.layers[self.layer] if forward.layers else None
-        if held is not None and held.real is not None:
-            k = k[:, lengthened(held.real, k.shape[1])[sequence.row]]
-        elif held is None:
-            k = k[:, forward.here(n, k.shape[1]).start :]
-        k = k[:, : k.shape[1] - forward.draft]
+        if cache is not None and cache.real is not None:
+            k = k[:, lengthened(cache.real, k.shape[1])[sequence.row]]
+        elif cache is None:
+            k = k[:, batch.columns_of(n, k.shape[1]).start :]
+        k = k[:, : k.shape[1] - batch.draft]
         count = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
         lse = self.rows.lse(self.query, sequence.row, places)
         scores = importance(q, k, self.scale, count, heads, lse)[k.shape[1] - n :]
-        all_heads = total_heads(q.shape[0], forward.config, forward.group)
         if all_heads != q.shape[0]:
-            scores = over_ranks(scores, heads, q.shape[0] / all_heads, forward.group)
+            scores = over_ranks(scores, heads, q.shape[0] / all_heads, group)
         # Like the attention itself, accounted without the keys of earlier turns.
         sequence.conductor.account.selector_flops += importance_flops(all_heads, q.shape[-1], n, n, count)
         if len(sequence) != n:

@@ -7,13 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenreduce import plugins
 from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.forward.state import Forward
 from tokenreduce.engine.model.hooks import Hook, take_off
-from tokenreduce.errors import PluginError, TokenReduceError, UnsupportedError
+from tokenreduce.errors import UnsupportedError
 from tokenreduce.strategy import Site
-from tokenreduce.trace import StageTrace
 
 FOLLOWING = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
 """Arguments of a layer that the engine makes follow the tokens."""
@@ -85,14 +83,14 @@ def enter_layer(forward: Forward, number: int, family: str, args: Any, kwargs: A
     """Arguments of a layer, reduced by its `pre_attention` stages, with all that must follow the tokens; None as they are."""
     x = args[0] if args else kwargs["hidden_states"]
     changed = forward.visit(Site(number, "pre_attention"), x)
-    tell(forward)
+    forward.looks.notify_observers()
     x = x if changed is None else changed
     forward.enter_attention(number, x)
-    tell(forward)
-    if forward.index is None:
+    forward.looks.notify_observers()
+    if forward.batch.index is None:
         return None
     for name, value in kwargs.items():
-        per_token = isinstance(value, Tensor) and value.dim() > 1 and forward.width in value.shape[:3]
+        per_token = isinstance(value, Tensor) and value.dim() > 1 and forward.batch.width in value.shape[:3]
         if per_token and name not in FOLLOWING:
             raise UnsupportedError(
                 f"{family}: its layers take {name}, one per token, which cannot follow reduced tokens"
@@ -102,7 +100,7 @@ def enter_layer(forward: Forward, number: int, family: str, args: Any, kwargs: A
     if tables is not None:  # None in layers without positions (NoPE).
         kwargs["position_embeddings"] = forward.rotate(tables)
     if places is not None:
-        kwargs["position_ids"] = forward.positions(places)
+        kwargs["position_ids"] = forward.batch.positions(places, forward.implementation)
     if args:
         return (x, *args[1:]), kwargs
     kwargs["hidden_states"] = x
@@ -112,7 +110,7 @@ def enter_layer(forward: Forward, number: int, family: str, args: Any, kwargs: A
 def enter_ffn(forward: Forward, number: int, args: Any) -> Any:
     """Arguments of the FFN's entry, reduced by its `pre_ffn` stages; None as they are."""
     forward.ffn = forward.visit(Site(number, "pre_ffn"), args[0])
-    tell(forward)
+    forward.looks.notify_observers()
     return None if forward.ffn is None else (forward.ffn, *args[1:])
 
 
@@ -136,22 +134,3 @@ def leave_layer(forward: Forward, number: int, output: Any) -> Any:
         forward.ffn = forward.ffn_output = None
     state = forward.leave_layer(number, state)
     return (state, *output[1:]) if isinstance(output, tuple) else state
-
-
-def tell(forward: Forward) -> None:
-    """Tell the observers what the stages of `forward` just did."""
-    if forward.unseen:
-        events, forward.unseen = forward.unseen, []
-        observe(events)
-
-
-def observe(events: Sequence[StageTrace]) -> None:
-    """Tell the observers. PluginError where one of them fails."""
-    for event in events:
-        try:
-            plugins.manager().hook.tokenreduce_observe(event=event)
-        except TokenReduceError:
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise PluginError(f"an observer of stage {event.strategy} at {event.site} failed: {what}") from error

@@ -13,12 +13,11 @@ from tokenreduce.planning.schedule import Conductor, StageRun
 from tokenreduce.plugin_checks import check_reduction, lent
 from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import Heads, Queries, Site, StageContext
-from tokenreduce.trace import StageTrace
 
-AttentionSource = Callable[["Sequence", Queries, Heads], Tensor]
+AttentionSource = Callable[["TokenSequence", Queries, Heads], Tensor]
 
 
-class Sequence:
+class TokenSequence:
     """The tokens of row `row` that are not padding, N of them; n are alive.
 
     columns: (N,) long, their input columns. slot, frame, medium: (N,) long; reducible: (N,) bool (TokenLayout).
@@ -115,22 +114,3 @@ class Sequence:
         ended = self.columns[self.alive[self.place.clamp(min=0)]] if len(self) else self.place
         out[self.columns] = torch.where(self.place >= 0, ended, -1)
         return out
-
-
-def stage_trace(
-    sequence: Sequence, run: StageRun, site: Site, before: int, after: int, merged: int, note: str
-) -> StageTrace:
-    """The record of one look."""
-    return StageTrace(
-        stage=run.strategy.place,
-        strategy=run.strategy.name,
-        site=str(site),
-        layer=site.layer,
-        row=sequence.row,
-        before=before,
-        after=after,
-        merged=merged,
-        dropped=before - after - merged,
-        finished=run.done,
-        note=note,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -43,6 +43,14 @@ def _is_call(frame: FrameType, module: nn.Module) -> bool:
 def in_compiled_call() -> bool:
     """Whether a module that torch.compile made of this model, after a pipeline was attached, is being called."""
     return any(map(_is_compiled, _stack()))
+
+
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether the call that is going on is compiled, or one of `modules`, the decoder and its layers."""
+    return in_compiled_call() or any(
+        module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in modules
+    )
 
 
 def calls_of(module: nn.Module) -> int:

@@ -16,7 +16,6 @@ from tokenreduce.engine.model.hooks import Hook, take_off
 from tokenreduce.engine.model.meter import Measured
 from tokenreduce.engine.model.parallel import head_group
 from tokenreduce.engine.model.probe import prove
-from tokenreduce.engine.refusals import refuse_model
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.planning import cost
 from tokenreduce.trace import Trace
@@ -25,6 +24,20 @@ from tokenreduce.trace import Trace
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that torch.compile made `module` of."""
     return module._modules.get("_orig_mod") or module
+
+
+def refuse_model(family: str, config: Any) -> None:
+    """Refuse decoders with layers other than attention, or with attention that is not causal."""
+    if not getattr(config, "is_causal", True):
+        raise UnsupportedError(f"{family}: its tokens see those behind them (is_causal=False), which is not supported")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds == {"sliding_attention"} and getattr(config, "sliding_window", None):
+        kinds = set()  # Like full attention up to the window's length, which every call is held to.
+    if kinds:
+        raise UnsupportedError(
+            f"{family}: its decoder has {', '.join(sorted(kinds))} layers, whose state does not follow reduced tokens; not "
+            "supported"
+        )
 
 
 class Host:

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache.layers import Activity, running
-from tokenreduce.engine.forward.importance import UNREADABLE
 from tokenreduce.engine.model.meter import Measured, Meter
+from tokenreduce.engine.model.tap import UNREADABLE
 from tokenreduce.errors import UnsupportedError, one_line
 
 TOKENS = 3

@@ -24,6 +24,8 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 PREFIX = "tokenreduce_"
 below: dict[str, Attention | None] = {}
 """What each implementation was when a pipeline was last attached; None for what belongs to the family, as eager attention."""
+UNREADABLE = ("softcap", "s_aux", "position_bias")
+"""Arguments of an attention that is not a softmax of scaled products alone: importance is not defined there."""
 ATTACHED = "_tokenreduce_attached"
 """An attribute that attention modules have while a pipeline is attached."""
 

@@ -13,8 +13,9 @@ from tokenreduce.adapter import ModelAdapter
 from tokenreduce.engine.attach import adapter_for, check_arguments
 from tokenreduce.engine.cache.adopt import adopt
 from tokenreduce.engine.cache.layers import TokenLayer
+from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.call import Call
-from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.forward.state import Forward
 from tokenreduce.engine.refusals import check_ran, refuse_call, refuse_mode
 from tokenreduce.engine.run import Run
@@ -73,10 +74,10 @@ class _PieceForward(Forward):
     """The forward of a piece: its tokens have been reduced before they came."""
 
     def __init__(self, piece: Piece, **given: Any) -> None:
-        super().__init__(width=len(piece.place), valid=None, **given)
+        super().__init__(**given)
         self.states, self.logical = piece.states, piece.logical
         # The rotary tables that come are those of the survivors, but masks and caches are the engine's to make.
-        self.index = torch.arange(self.width, device=piece.place.device)[None]
+        self.batch.index = torch.arange(self.batch.width, device=piece.place.device)[None]
 
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
         if site == Site(0, "pre_attention") and not torch.equal(x, self.states):
@@ -268,11 +269,11 @@ class Stream(Run):
         for run in conductor.runs:
             if run.strategy is self._merging:
                 run.end()
-        sequence = Sequence(0, columns, nothing, nothing, nothing, columns < 0, 0, conductor)
+        sequence = TokenSequence(0, columns, nothing, nothing, nothing, columns < 0, 0, conductor)
         sequence.alive = sequence.attended = piece.place
         sequence.size, sequence.whole = piece.size, False
         forward = _PieceForward(
-            piece, sequences=[sequence], layers=self._cached, modules=self.host.modules,
+            piece, batch=Batch([sequence], len(piece.place), None, 0), layers=self._cached, modules=self.host.modules,
             implementation=self.host.implementation, config=self.host.config, group=self.host.group,
         )  # fmt: skip
         self._ledger.before(self._cached)

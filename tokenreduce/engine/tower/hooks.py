@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapter import VisionTower
-from tokenreduce.engine.forward.layer_hooks import observe
+from tokenreduce.engine.forward.looks import notify_observers
 from tokenreduce.engine.model.callers import encoding
 from tokenreduce.engine.model.gate import Gate
 from tokenreduce.engine.model.hooks import Hook, take_off
@@ -280,7 +280,7 @@ class TowerHooks(NoTower):
             merged=before - after, dropped=0, finished=site == self.asked[strategy][-1], note=what,
         )  # fmt: skip
         self._local.told.append(event)
-        observe([event])
+        notify_observers([event])
 
     def _refuse_misfit(self, visit: _Visit, hidden: Tensor, args: Any, kwargs: Any) -> None:
         """Refuse states that are not (F, n, D), and a mask that could not follow the tokens."""

@@ -1,0 +1,84 @@
+"""The stages' looks at one forward: each is asked what to do, its answer is held to the contract, and a record is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tokenreduce import plugins
+from tokenreduce.engine.forward.sequence import AttentionSource, TokenSequence
+from tokenreduce.errors import PluginError, TokenReduceError
+from tokenreduce.planning.schedule import StageRun
+from tokenreduce.plugin_checks import ask, checked
+from tokenreduce.strategy import Decision, Site
+from tokenreduce.trace import StageTrace
+
+
+class Looks:
+    """What the stages were asked in one forward, and what they did."""
+
+    traces: list[StageTrace]
+    """Every look so far, in order."""
+    unobserved: list[StageTrace]
+    """Those of which the observers have not been told yet."""
+
+    def __init__(self) -> None:
+        self.traces, self.unobserved = [], []
+
+    def ask(
+        self, sequence: TokenSequence, run: StageRun, site: Site, hidden: Tensor, attention: AttentionSource | None
+    ) -> Decision:
+        """What `run` decides about `sequence`, whose states are hidden (n, D). PluginError where it breaks the contract."""
+        who = f"strategy {run.strategy.name} at {site}"
+        ctx = sequence.context(run, site, hidden, attention)
+        decision = checked(who, site, ask(who, run.strategy.decide, ctx))
+        if decision.reduction is not None:
+            sequence.check(run.strategy.name, site, decision.reduction)
+        return decision
+
+    def record(
+        self,
+        sequence: TokenSequence,
+        run: StageRun,
+        site: Site,
+        decision: Decision,
+        before: int,
+        after: int,
+        merged: int,
+    ) -> None:
+        """Take note that `decision` left `after` of `before` tokens, `merged` of the others averaged into those."""
+        sequence.conductor.record(run, site, decision.finished, decision.budget_met, decision.consumed, decision.note)
+        trace = StageTrace(
+            stage=run.strategy.place,
+            strategy=run.strategy.name,
+            site=str(site),
+            layer=site.layer,
+            row=sequence.row,
+            before=before,
+            after=after,
+            merged=merged,
+            dropped=before - after - merged,
+            finished=run.done,
+            note=decision.note,
+        )
+        self.traces.append(trace)
+        self.unobserved.append(trace)
+
+    def notify_observers(self) -> None:
+        """Tell the observers what was done since they were last told. PluginError where one of them fails."""
+        if self.unobserved:
+            events, self.unobserved = self.unobserved, []
+            notify_observers(events)
+
+
+def notify_observers(events: Sequence[StageTrace]) -> None:
+    """Tell the observers. PluginError where one of them fails."""
+    for event in events:
+        try:
+            plugins.manager().hook.tokenreduce_observe(event=event)
+        except TokenReduceError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise PluginError(f"an observer of stage {event.strategy} at {event.site} failed: {what}") from error
