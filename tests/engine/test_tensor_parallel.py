@@ -41,7 +41,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
     running = []
     for number, variables in enumerate([{}, *ranks]):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        path = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
         command = [sys.executable, str(WORKER), str(folder / "model"), str(folder / f"{number}.pt")]
         running.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
