@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tokenreduce as tr
 from tokenreduce.budget import Budget
-from tokenreduce.engine.forward.sequence import Sequence
+from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.errors import BudgetError
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot
 from tokenreduce.pipeline import build
@@ -142,18 +142,18 @@ def _check_similarity(case: dict, tensors: dict, hidden: torch.Tensor, layout: t
         torch.testing.assert_close(merged.hidden[0], tensors["merge_hidden"][0][kept], atol=2e-6, rtol=1e-5)
 
 
-def _sequence(layout: tr.TokenLayout, pipeline: tr.Pipeline) -> Sequence:
+def _sequence(layout: tr.TokenLayout, pipeline: tr.Pipeline) -> TokenSequence:
     shape = DecoderShape(layers=DEPTH, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=256)
     reducible = layout.vision[0]
     count = int(reducible.sum())
     account = Account(pipeline.budget, shape, len(reducible), count)
     conductor = Conductor(build(pipeline), account)
     columns = torch.arange(len(reducible))
-    return Sequence(0, columns, layout.slot[0], layout.frame[0], layout.media()[0], reducible, count, conductor)
+    return TokenSequence(0, columns, layout.slot[0], layout.frame[0], layout.media()[0], reducible, count, conductor)
 
 
-def _call(sequence: Sequence, site: Site, hidden: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
-    def source(sequence: Sequence, queries: object, heads: str) -> torch.Tensor:
+def _call(sequence: TokenSequence, site: Site, hidden: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
+    def source(sequence: TokenSequence, queries: object, heads: str) -> torch.Tensor:
         assert (queries, heads) == ("last", "mean")
         if attention is None:  # The released code failed before it pruned, so no attention was recorded.
             return torch.arange(float(len(sequence)))
