@@ -73,11 +73,15 @@ def plan(
 
 def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar: float, json: bool) -> None:
     from tokenreduce.cli._plan_memory import show
-    from tokenreduce.models.parameters import counted
+    from tokenreduce.planning.architectures import architectures
     from tokenreduce.planning.longest import dense, reduced
     from tokenreduce.planning.memory import parse_bytes
 
-    available, arch = parse_bytes(memory), counted(arch)
+    available = parse_bytes(memory)
+    if arch.name not in architectures():  # Of a known model nothing is counted, and transformers is not loaded.
+        from tokenreduce.models.parameters import counted
+
+        arch = counted(arch)
     loads = {"dense": dense(arch)} | {one.name: reduced(one, arch, similar) for one in pipelines}
     show(arch, loads, available, similar, json)
 
