@@ -109,15 +109,16 @@ class Worker:
             outcome = self.bench.outcome(arm, example.inputs, example.turns)
         except BudgetError as error:
             return row | {"refused": str(error), "cpu_seconds": round(time.process_time() - started, 4)}
-        ended, width = int(outcome.source[example.needle]), int(example.inputs["input_ids"].shape[1])
+        counts = outcome.counts
+        ended, width = int(counts.source[example.needle]), int(example.inputs["input_ids"].shape[1])
         return row | {
             "right": outcome.reply.ids == example.ids,
             "reply": self.bench.speaker.text(outcome.reply.ids),
             "answer": example.answer,
             "input_tokens": width,
-            "tokens": outcome.tokens,
-            "relative_tokens": round(sum(outcome.tokens) / (width * len(outcome.tokens)), 6),
-            "relative_flops": round(outcome.flops / outcome.dense_flops, 6),
+            "tokens": counts.tokens,
+            "relative_tokens": round(sum(counts.tokens) / (width * len(counts.tokens)), 6),
+            "relative_flops": round(counts.flops / counts.dense_flops, 6),
             "needle": "kept" if ended == example.needle else "dropped" if ended < 0 else "merged",
             "cpu_seconds": round(time.process_time() - started, 4),
         }

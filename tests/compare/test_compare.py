@@ -23,7 +23,7 @@ from tokenreduce.compare.arms import Arm, expand
 from tokenreduce.compare.checks import check_fired, check_model, check_shuffled
 from tokenreduce.compare.conversation import Reply, converse, kl_divergence
 from tokenreduce.compare.measure import NOTHING, Bench
-from tokenreduce.compare.memory import Peak
+from tokenreduce.compare.memory import PeakMemory
 from tokenreduce.compare.needles import Needles, needles
 from tokenreduce.errors import BudgetError, NotFiredError, PipelineError, TokenReduceError
 from tokenreduce.pipeline import load_pipeline
@@ -146,7 +146,7 @@ def test_kl_ends_where_the_answers_part() -> None:
 
 
 def test_peak_sees_memory_that_is_gone_again() -> None:
-    with Peak(torch.device("cpu")) as peak:
+    with PeakMemory(torch.device("cpu")) as peak:
         held = torch.ones(40 * 2**20, dtype=torch.uint8)
         time.sleep(0.05)
         del held

@@ -12,12 +12,14 @@ import torch
 from tokenreduce import plugins
 from tokenreduce.adapter import Prompt
 from tokenreduce.cli._media import Asking
-from tokenreduce.compare.side_by_side import Arm
+from tokenreduce.compare.side_by_side import MeasuredArm
 from tokenreduce.layout import TokenLayout
 from tokenreduce.media.pictures import comparison_sheet, frame_grid, kept_patches, tokens_per_layer
 
 
-def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequence[Arm], asking: Asking) -> list[str]:
+def write_folder(
+    folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequence[MeasuredArm], asking: Asking
+) -> list[str]:
     """Write everything and return lines that say what is where."""
     summary = [_summary(arm) for arm in arms]
     (folder / "summary.json").write_text(
@@ -26,10 +28,10 @@ def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequ
     )
     for arm in arms:
         (folder / arm.name).mkdir(exist_ok=True)
-        trace = {"pipeline": "dense", "layers": [{"layer": i, "tokens": [n]} for i, n in enumerate(arm.tokens)]}
+        trace = {"pipeline": "dense", "layers": [{"layer": i, "tokens": [n]} for i, n in enumerate(arm.counts.tokens)]}
         data = trace if arm.trace is None else arm.trace.to_dict()
         (folder / arm.name / "trace.json").write_text(json.dumps(data), encoding="utf-8")
-    tokens_per_layer({arm.name: arm.tokens for arm in arms}, folder / "tokens_per_layer.png")
+    tokens_per_layer({arm.name: arm.counts.tokens for arm in arms}, folder / "tokens_per_layer.png")
     lines = [f"wrote {folder}/summary.json, {folder}/ARM/trace.json, {folder}/tokens_per_layer.png"]
     reduced = [arm for arm in arms if arm.pipeline is not None]
     layout = _layout(model, inputs, reduced)
@@ -40,7 +42,7 @@ def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequ
         return [*lines, "no pictures of patches: the frames' tokens do not form one grid"]
     slot, frame = layout.slot[0].numpy(), layout.frame[0].numpy()
     marker = None if layout.marker is None else layout.marker[0].numpy()
-    sources = {arm.name: arm.source.numpy() for arm in reduced if arm.source is not None}
+    sources = {arm.name: arm.counts.source.numpy() for arm in reduced}
     title = f"{asking.question} ({asking.name})"
     for name, source in sources.items():
         kept_patches(
@@ -61,7 +63,7 @@ def write_report(folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequ
     return [*lines, f"wrote {folder}/comparison.png and {folder}/ARM/kept.png: what became of each patch"]
 
 
-def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[Arm]) -> TokenLayout | None:
+def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[MeasuredArm]) -> TokenLayout | None:
     adapter = next((adapter for adapter in (cls() for cls in plugins.adapters()) if adapter.matches(model)), None)
     if adapter is None or not reduced:
         return None
@@ -70,14 +72,14 @@ def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[Arm]) -> To
     return None if layout is None else layout.to(torch.device("cpu"))
 
 
-def _summary(arm: Arm) -> dict[str, Any]:
+def _summary(arm: MeasuredArm) -> dict[str, Any]:
     return {
         "name": arm.name,
         "answer": arm.answer,
-        "tokens_per_layer": arm.tokens,
-        "flops": arm.flops,
-        "relative_flops": arm.flops / arm.dense_flops,
-        "kv_cache_bytes": arm.cache_bytes,
+        "tokens_per_layer": arm.counts.tokens,
+        "flops": arm.counts.flops,
+        "relative_flops": arm.counts.flops / arm.counts.dense_flops,
+        "kv_cache_bytes": arm.counts.kv_bytes,
         "llm_prefill_seconds": arm.llm_seconds,
         "prefill_seconds": arm.total_seconds,
         "decode_seconds_per_token": arm.decode_seconds,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tokenreduce.compare.side_by_side import Arm
+    from tokenreduce.compare.side_by_side import MeasuredArm
 
 
 def run(
@@ -49,40 +49,47 @@ def run(
     folder = output or Path("runs") / asking.name
     _check_folder(folder, force)
 
-    from tokenreduce.compare.side_by_side import measure, name_arms
+    from tokenreduce.compare.side_by_side import measure
 
-    arms = name_arms(pipelines)
     loaded, note = asking.load()
     with _progress() as tell:
         tell("decoding and preparing")
         inputs = asking.prepare(loaded)
-        measure(
-            loaded, inputs, arms, repeats=repeats, new_tokens=new_tokens, decode=asking.decoder(loaded), progress=tell
+        arms = measure(
+            loaded,
+            inputs,
+            pipelines,
+            repeats=repeats,
+            new_tokens=new_tokens,
+            decode=asking.decoder(loaded),
+            progress=tell,
         )
         tell("drawing")
-        from tokenreduce.cli._report import write_report
+        from tokenreduce.cli._report import write_folder
 
         folder.mkdir(parents=True, exist_ok=True)
-        written = write_report(folder, loaded, inputs, arms, asking)
+        written = write_folder(folder, loaded, inputs, arms, asking)
     _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
     for line in (*note, *written):
         print(line)
 
 
-def _print(arms: list[Arm], question: str, expected: str | None, width: int) -> None:
+def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: int) -> None:
     from tokenreduce.cli._output import print_table
 
     dense = arms[0]
     print(f"question: {question}" + (f" (expected: {expected})" if expected else ""))
     print(f"input: {width} tokens")
     rows = []
+    dense_tokens = sum(dense.counts.tokens)
     for arm in arms:
+        tokens = sum(arm.counts.tokens)
         rows.append(
             [
                 arm.name,
-                f"{sum(arm.tokens) / len(arm.tokens):.0f} ({sum(arm.tokens) / sum(dense.tokens):.3f})",
-                f"{arm.flops / 1e9:.2f} ({arm.flops / dense.flops:.3f})",
-                f"{arm.cache_bytes / 2**20:.2f}",
+                f"{tokens / len(arm.counts.tokens):.0f} ({tokens / dense_tokens:.3f})",
+                f"{arm.counts.flops / 1e9:.2f} ({arm.counts.flops / dense.counts.flops:.3f})",
+                f"{arm.counts.kv_bytes / 2**20:.2f}",
                 f"{1e3 * arm.llm_median:.0f} ({dense.llm_median / arm.llm_median:.2f}×)",
                 f"{1e3 * arm.total_median:.0f} ({dense.total_median / arm.total_median:.2f}×)",
                 "-" if arm.decode_seconds is None else f"{1e3 * arm.decode_seconds:.1f}",

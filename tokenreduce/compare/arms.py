@@ -51,7 +51,7 @@ def expand(sources: Sequence[str], budgets: Sequence[str], models: Sequence[str]
     empty leaves them. Names carry the budget where there are several, and the model likewise. Raises PipelineError,
     BudgetError.
     """
-    pipelines = _unique([load_pipeline(source) for source in sources if source != BASELINE])
+    pipelines = name_pipelines([load_pipeline(source) for source in sources if source != BASELINE])
     asked = [Budget.parse(budget) for budget in budgets]
     if len({str(budget) for budget in asked}) < len(asked):
         raise PipelineError(f"--budget names one budget twice: {', '.join(budgets)}")
@@ -71,8 +71,8 @@ def expand(sources: Sequence[str], budgets: Sequence[str], models: Sequence[str]
     return arms
 
 
-def _unique(pipelines: Sequence[Pipeline]) -> list[tuple[str, Pipeline]]:
-    """A name for each pipeline; names that repeat get a number."""
+def name_pipelines(pipelines: Sequence[Pipeline]) -> list[tuple[str, Pipeline]]:
+    """A name for each pipeline, none of them BASELINE; names that repeat get a number."""
     named: dict[str, Pipeline] = {}
     for pipeline in pipelines:
         name, number = pipeline.name, 2

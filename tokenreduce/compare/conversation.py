@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.compare.prefill import now, timed
 from tokenreduce.errors import CheckpointError, UnsupportedError
 from tokenreduce.models.loading import family_of
 from tokenreduce.models.tokenizer import has_tokenizer, read_tokenizer
@@ -92,12 +91,11 @@ def converse(
     after_prefill: called with the output of the prefill, untimed.
     """
     reply, device = Reply(), inputs["input_ids"].device
-    marks: list[float] = []
-    with _around(decoder, marks, device):
+    with timed(decoder, device) as spans:
         started = now(device)
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         ended = now(device)
-    reply.prefill = marks[1] - marks[0]
+    reply.prefill = spans[0]
     reply.vision = ended - started - reply.prefill
     after_prefill(out)
     for ids in turns:
@@ -117,27 +115,6 @@ def converse(
 
 def _next(model: Any, ids: Tensor, out: Any) -> Any:
     return model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when everything asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-@contextmanager
-def _around(decoder: nn.Module, marks: list[float], device: torch.device) -> Iterator[None]:
-    """Note when the decoder begins and ends."""
-    handles = [
-        decoder.register_forward_pre_hook(lambda *_: marks.append(now(device))),
-        decoder.register_forward_hook(lambda *_: marks.append(now(device))),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def kl_divergence(reference: Reply, other: Reply) -> float:

@@ -5,47 +5,42 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
 from tokenreduce.compare.arms import Arm
-from tokenreduce.compare.conversation import Reply, Speaker, converse, kl_divergence, now
-from tokenreduce.compare.memory import Peak
+from tokenreduce.compare.conversation import Reply, Speaker, converse, kl_divergence
+from tokenreduce.compare.memory import PeakMemory
+from tokenreduce.compare.prefill import PrefillCounts, count_prefill, now
 from tokenreduce.compare.tasks import Item
 from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
-from tokenreduce.errors import MediaError, TokenReduceError, UnsupportedError
+from tokenreduce.errors import MediaError, TokenReduceError
 from tokenreduce.models import load_model, prepare
 from tokenreduce.pipeline import Pipeline
-from tokenreduce.planning.cost import DecoderShape, layer_flops, prefill_flops
+from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.testbed.embedded import EMBEDDED, MAX_FRAMES, load_embedded
 
 NOTHING = Pipeline.model_validate({"name": "dense", "stages": []})
 Row = dict[str, Any]
 
 
-@dataclass
-class Outcome:
-    """What one arm made of one example. source: (N,) long, where each input token ended, −1 if dropped. spared: whether stages in
-    the vision tower left something out."""
+@dataclass(frozen=True)
+class ArmOutcome:
+    """What one arm made of one example."""
 
     reply: Reply
-    tokens: list[int]
-    layer_flops: list[int]
-    flops: int
-    dense_flops: int
-    selector_flops: int
-    kv_bytes: int
+    """The conversation, with its times."""
+    counts: PrefillCounts
+    """What its prefill did."""
     selector_seconds: float
-    source: Tensor
-    spared: bool = False
+    """Seconds spent inside strategies."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ class Bench:
         pairs = zip(item.turns[:-1], item.turns[1:], strict=True)
         return [self.speaker.turn(answer, question) for (_, answer), (question, _) in pairs]
 
-    def rows(self, item: Item, index: int) -> tuple[list[Row], dict[str, Outcome]]:
+    def rows(self, item: Item, index: int) -> tuple[list[Row], dict[str, ArmOutcome]]:
         """One row per arm, in the order of the arms, whichever ran first; and the outcomes behind them."""
         inputs, turns = self.prepare(item), self.turns(item)
         # Arms begin in turns, so that no one always runs on a warm or a hot machine.
@@ -137,30 +132,28 @@ class Bench:
         rows = [shared | self._row(arm, item, outcomes[arm.name], dense) | peaks.get(arm.name, {}) for arm in self.arms]
         return rows, outcomes
 
-    def outcome(self, arm: Arm, inputs: Mapping[str, Any], turns: Sequence[Sequence[int]]) -> Outcome:
+    def outcome(self, arm: Arm, inputs: Mapping[str, Any], turns: Sequence[Sequence[int]]) -> ArmOutcome:
         """Run one arm once."""
-        watch = _Watch()
-        noted: dict[str, Any] = {}
+        watch, width = _Watch(), int(inputs["input_ids"].shape[1])
+        counts: list[PrefillCounts] = []
         with self.attached(arm.pipeline or NOTHING) as run:
             watch.wrap(run, inputs["input_ids"].device)
             reply = converse(
                 self.model, self.decoder, inputs, turns, self.speaker.ends, self.new_tokens,
-                lambda output: noted.update(self._note(run, output, inputs["input_ids"].shape[1])),
+                lambda output: counts.append(count_prefill(run, self.shape, output, width)),
             )  # fmt: skip
-        return Outcome(reply=reply, selector_seconds=watch.seconds, **noted)
+        return ArmOutcome(reply, counts[0], watch.seconds)
 
-    def _outcome(self, arm: Arm, item: Item, inputs: Mapping[str, Any], turns: Sequence[Sequence[int]]) -> Outcome:
+    def _outcome(self, arm: Arm, item: Item, inputs: Mapping[str, Any], turns: Sequence[Sequence[int]]) -> ArmOutcome:
         """`outcome` with errors that say where."""
         try:
             return self.outcome(arm, inputs, turns)
         except TokenReduceError as error:
             raise type(error)(f"arm {arm.name}, example {item.id}: {error}") from None
 
-    @contextmanager
-    def attached(self, pipeline: Pipeline) -> Iterator[Run]:
-        """`reduce` for a while."""
-        with reduce(self.model, pipeline) as run:
-            yield run
+    def attached(self, pipeline: Pipeline) -> AbstractContextManager[Run]:
+        """`reduce`, for a `with` block."""
+        return reduce(self.model, pipeline)
 
     def warm_up(self, item: Item) -> None:
         """Run each arm once untimed, and once more for its peak memory, which the next rows will carry."""
@@ -168,47 +161,12 @@ class Bench:
         for arm in self.arms:
             self._outcome(arm, item, inputs, turns)
         for arm in self.arms:
-            with Peak(inputs["input_ids"].device) as peak:
+            with PeakMemory(inputs["input_ids"].device) as peak:
                 self.outcome(arm, inputs, turns)
             self._peaks[arm.name] = {"peak_bytes": peak.peak, "growth_bytes": peak.growth}
 
-    def _note(self, run: Run, output: Any, width: int) -> dict[str, Any]:
-        """Counts that do not vary, from the trace; of a dense run from the cache."""
-        layers, shape = output.past_key_values.layers, self.shape
-        dense = prefill_flops(shape, [width] * shape.layers, [width] * shape.layers)
-        noted: dict[str, Any] = {
-            "kv_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
-            "dense_flops": dense,
-        }
-        if not run.pipeline.stages:
-            return noted | {
-                "tokens": [int(layer.keys.shape[-2]) for layer in layers],
-                "layer_flops": [layer_flops(shape, width, width)] * shape.layers,
-                "flops": dense,
-                "selector_flops": 0,
-                "source": torch.arange(width),
-            }
-        trace = run.trace
-        if trace.flops is None:
-            raise UnsupportedError(trace.uncounted)
-        source = trace.source[0].cpu()
-        seen = getattr(layers[-1], "position", None)
-        if (
-            seen is not None
-        ):  # Hidden states all stay at `kv` sites; what later queries see is what the last cache holds.
-            columns = torch.arange(width)
-            source = torch.where(torch.isin(columns, seen[0].cpu()), columns, -1)
-        return noted | {
-            "tokens": [int(layer.tokens[0]) for layer in trace.layers],
-            "layer_flops": [layer.flops for layer in trace.layers],
-            "flops": trace.flops,
-            "selector_flops": trace.selector_flops,
-            "source": source,
-            "spared": any(stage.site.startswith("vision.") and stage.after < stage.before for stage in trace.stages),
-        }
-
-    def _row(self, arm: Arm, item: Item, outcome: Outcome, dense: Outcome) -> Row:
-        reply = outcome.reply
+    def _row(self, arm: Arm, item: Item, outcome: ArmOutcome, dense: ArmOutcome) -> Row:
+        reply, counts = outcome.reply, outcome.counts
         ids = [token for token in reply.ids if token not in self.speaker.ends]
         text = self.speaker.text(ids)
         said = item.read(text)
@@ -221,14 +179,16 @@ class Bench:
             "right": said == item.expected,
             "agrees": reply.ids[0] == dense.reply.ids[0] if reduced else None,
             "kl": kl_divergence(dense.reply, reply) if reduced else None,
-            "tokens": outcome.tokens,
-            "fired": outcome.spared or outcome.tokens != dense.tokens or outcome.layer_flops != dense.layer_flops,
-            "relative_tokens": sum(outcome.tokens) / sum(dense.tokens),
-            "layer_flops": outcome.layer_flops,
-            "flops": outcome.flops,
-            "relative_flops": outcome.flops / outcome.dense_flops,
-            "selector_flops": outcome.selector_flops,
-            "kv_bytes": outcome.kv_bytes,
+            "tokens": counts.tokens,
+            "fired": counts.spared
+            or counts.tokens != dense.counts.tokens
+            or counts.layer_flops != dense.counts.layer_flops,
+            "relative_tokens": sum(counts.tokens) / sum(dense.counts.tokens),
+            "layer_flops": counts.layer_flops,
+            "flops": counts.flops,
+            "relative_flops": counts.flops / counts.dense_flops,
+            "selector_flops": counts.selector_flops,
+            "kv_bytes": counts.kv_bytes,
             "new_tokens": len(reply.ids),
             "seconds": {
                 "vision": reply.vision,

@@ -25,7 +25,7 @@ def resident_bytes() -> int:
         return most if sys.platform == "darwin" else most * 1024
 
 
-class Peak:
+class PeakMemory:
     """Context manager. peak: bytes at the highest moment. growth: bytes above the level at entry.
 
     On CPU a thread looks every millisecond, which slows other work a little: do not time what runs inside.
@@ -35,7 +35,7 @@ class Peak:
         self.device = device
         self.peak = self.growth = 0
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)

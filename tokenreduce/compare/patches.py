@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenreduce.adapter import Prompt
-from tokenreduce.compare.measure import Bench, Outcome
+from tokenreduce.compare.measure import ArmOutcome, Bench
 from tokenreduce.compare.tasks import Item
 from tokenreduce.errors import MediaError
 from tokenreduce.media.pictures import frame_grid, patch_positions, patch_states, render_frame
@@ -24,7 +24,7 @@ FRAMES, SIDE, GAP = 8, 144, 4
 Pixels = NDArray[np.uint8]
 
 
-def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
+def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, ArmOutcome]) -> dict[str, Any] | None:
     """Strips of one example as plain data; None where frames and tokens do not form one grid.
 
     The data: model, index, question, expected, frames (their numbers), strips: a list of {arm, reply, right, kept, merged,
@@ -48,7 +48,7 @@ def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, Outcome
     strips: list[dict[str, Any]] = [{"arm": "input", "png": _strip(shown)}]
     for arm in bench.arms:
         outcome = outcomes[arm.name]
-        states = patch_states(outcome.source.numpy(), positions)
+        states = patch_states(outcome.counts.source.numpy(), positions)
         counts = [int((states == state).sum()) for state in range(3)]
         reply = bench.speaker.text([token for token in outcome.reply.ids if token not in bench.speaker.ends])
         strips.append(
