@@ -1,7 +1,9 @@
-"""The command line. Each module beside this one is a command, and holds a function of the module's name.
+"""The command line: it reads arguments, calls the library and prints; nothing is computed here.
 
-A command imports what it needs inside its function, so that `--help` is quick. Every TokenReduceError ends a command
-with one line on stderr and exit code 2.
+Each module without an underscore is a command, and holds a function of the module's name; `_output`, `_media` and their
+like are shared by commands. A command imports what it needs inside its function, so that `--help` is quick. Every
+TokenReduceError ends a command with one line on stderr and exit code 2. Nothing else in the library imports this
+package.
 """
 
 from __future__ import annotations
