@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import statistics as means
 from collections import Counter
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any
 
 from lab.reproduce.paper import CLAIMS, Claim
 from lab.reproduce.plan import Panel, Table, limited
 from lab.reproduce.rows import Rows
 from tokenreduce.compare.arms import BASELINE
-from tokenreduce.compare.statistics import Interval, holm, mcnemar, pareto, wilson
+from tokenreduce.compare.statistics import holm, mcnemar, pareto, score_interval, wilson
 
 ALPHA = 0.05
 HOLDS, REVERSED, OPEN, NOT_RUN = "holds", "reversed", "not settled", "not run"
@@ -96,29 +94,6 @@ def paired(one: Answers, other: Answers) -> dict[str, Any]:
         "only_other": worse,
         "p": mcnemar(better, worse),
     }
-
-
-def score_interval(better: int, worse: int, pairs: int, level: float = 0.95) -> Interval:
-    """Tango's score interval (1998) of the paired difference (better − worse) / pairs.
-
-    Unlike a bootstrap it has a width where no pair differs: nothing seen in 100 pairs is not nothing.
-    """
-    z = NormalDist().inv_cdf((1 + level) / 2)
-
-    def score(delta: float) -> float:
-        a, b = 2 * pairs, (2 * pairs - better + worse) * delta - better - worse
-        share = (math.sqrt(max(b * b + 4 * a * worse * delta * (1 - delta), 0.0)) - b) / (2 * a)
-        spread = pairs * (2 * share + delta * (1 - delta))
-        return (better - worse - pairs * delta) / math.sqrt(spread) if spread > 0 else 0.0
-
-    def end(inside: float, outside: float) -> float:
-        for _ in range(60):
-            middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if abs(score(middle)) <= z else (inside, middle)
-        return inside
-
-    difference = (better - worse) / pairs
-    return Interval(end(difference, -1.0), end(difference, 1.0))
 
 
 def judge(claims: tuple[Claim, ...], answers: Mapping[tuple[str, str], Answers]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from tokenreduce.compare.statistics import (
     paired_bootstrap,
     pareto,
     power,
+    score_interval,
     shuffled_agreement,
     wilson,
 )
@@ -135,3 +136,23 @@ def test_the_mean_of_shuffles_is_over_all_orders(pairs: list[tuple[str, str]]) -
 def test_pareto_by_hand() -> None:
     points = [(1.0, 0.9), (0.3, 0.9), (0.3, 0.8), (0.2, 0.5), (0.5, 0.95), (0.2, 0.5)]
     assert pareto(points) == [False, True, False, True, True, True]
+
+
+def test_the_score_interval_is_tangos() -> None:
+    low, high = score_interval(9, 1, 44)
+    for end, sign in ((low, 1), (high, -1)):
+        assert _tango(9, 1, 44, end) == pytest.approx(sign * 1.959964, abs=1e-4)
+    z2 = 1.959964**2
+    assert score_interval(0, 0, 100) == pytest.approx((-z2 / (100 + z2), z2 / (100 + z2)), abs=1e-6)
+    assert score_interval(3, 3, 50)[0] == pytest.approx(-score_interval(3, 3, 50)[1])
+
+
+def _tango(b: int, c: int, n: int, delta: float) -> float:
+    """The score with the nuisance share found by brute force: the likelihood's maximum on a fine grid."""
+    shares = np.linspace(1e-7, 0.5, 2_000_001)
+    other = shares + delta
+    fits = (other > 0) & (shares + other < 1)
+    shares, other = shares[fits], other[fits]
+    likelihood = b * np.log(other) + c * np.log(shares) + (n - b - c) * np.log(1 - shares - other)
+    share = float(shares[likelihood.argmax()])
+    return float((b - c - n * delta) / np.sqrt(n * (2 * share + delta * (1 - delta))))

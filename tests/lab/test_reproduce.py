@@ -17,7 +17,7 @@ from lab.reproduce.markdown import label, points
 from lab.reproduce.measure import Unit, Worker
 from lab.reproduce.paper import CLAIMS, PAPER, SAYS
 from lab.reproduce.plan import CHAIN, FIRST, ONE_HOP, SECOND, TABLES, Condition, pipeline, wanted
-from lab.reproduce.results import entry, judge, paired, score_interval, verdict
+from lab.reproduce.results import entry, judge, paired, verdict
 from lab.reproduce.rows import Rows
 from tokenreduce.compare.statistics import mcnemar, wilson
 from tokenreduce.errors import TokenReduceError
@@ -226,26 +226,6 @@ def test_an_entry_counts_intervals_and_discordant_pairs() -> None:
     made = entry("fastv@0.3", arm, dense)
     assert (made["right"], made["accuracy"], made["interval"]) == (4, 0.4, list(wilson(4, 10)))
     assert (made["difference"], made["only_this"], made["only_other"], made["p"]) == (-0.6, 0, 6, mcnemar(0, 6))
-
-
-def test_the_score_interval_is_tangos() -> None:
-    low, high = score_interval(9, 1, 44)
-    for end, sign in ((low, 1), (high, -1)):
-        assert _tango(9, 1, 44, end) == pytest.approx(sign * 1.959964, abs=1e-4)
-    z2 = 1.959964**2
-    assert score_interval(0, 0, 100) == pytest.approx((-z2 / (100 + z2), z2 / (100 + z2)), abs=1e-6)
-    assert score_interval(3, 3, 50)[0] == pytest.approx(-score_interval(3, 3, 50)[1])
-
-
-def _tango(b: int, c: int, n: int, delta: float) -> float:
-    """The score with the nuisance share found by brute force: the likelihood's maximum on a fine grid."""
-    shares = np.linspace(1e-7, 0.5, 2_000_001)
-    other = shares + delta
-    fits = (other > 0) & (shares + other < 1)
-    shares, other = shares[fits], other[fits]
-    likelihood = b * np.log(other) + c * np.log(shares) + (n - b - c) * np.log(1 - shares - other)
-    share = float(shares[likelihood.argmax()])
-    return float((b - c - n * delta) / np.sqrt(n * (2 * share + delta * (1 - delta))))
 
 
 def test_refused_examples_are_left_out_of_pairs_and_counted() -> None:
