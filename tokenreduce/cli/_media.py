@@ -21,18 +21,22 @@ DEMO_FRAMES, DEMO_SEED, DEMO_SIDE = 16, 1, 288
 
 @dataclass
 class Asking:
-    """A question about frames, and the model to put it to.
-
-    clip: the sampled frames; shown: the same frames as the report draws them. expected: the answer, where it is known.
-    """
+    """A question about frames, and the model to put it to."""
 
     name: str
+    """Of the video; names the output folder."""
     question: str
+    """Text."""
     model: str
+    """Checkpoint folder, hub name or `embedded`."""
     clip: VideoClip
+    """The sampled frames."""
     shown: NDArray[np.uint8]
+    """The same frames as the report draws them, (F, H, W, 3) uint8 RGB."""
     expected: str | None = None
+    """The answer, where it is known."""
     notes: list[str] = field(default_factory=list)
+    """Lines to tell the user about the model."""
 
     def load(self) -> tuple[Any, list[str]]:
         """The model in eval mode, and lines to tell the user about it."""

@@ -16,12 +16,16 @@ BASELINE = "dense"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of running a model. method: what tables group by, the name without budget and model. pipeline: None is dense."""
+    """One way of running a model: a pipeline, or nothing, on a model."""
 
     name: str
+    """Unique in a comparison; carries budget and model where there are several."""
     method: str
+    """What tables group by: the name without budget and model."""
     model: str
+    """Checkpoint folder, hub name or `embedded`."""
     pipeline: Pipeline | None = None
+    """What is attached; None for the dense arm."""
 
     @property
     def budget(self) -> str:

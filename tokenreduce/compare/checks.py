@@ -25,12 +25,16 @@ SURE = 0.999
 
 @dataclass(frozen=True)
 class Check:
-    """One check. passed: None where it does not apply."""
+    """What one honesty check found."""
 
     name: str
+    """What must be true."""
     subject: str
+    """The model, method or arm it was checked on."""
     passed: bool | None
+    """Whether it holds; None where the check does not apply."""
     detail: str
+    """The finding in words, with numbers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -61,19 +61,20 @@ class Speaker:
 
 @dataclass
 class Reply:
-    """What one run through a conversation gave.
-
-    ids: the answer, its end token included. logits: one (vocabulary,) float32 tensor per token of it. vision, prefill:
-    seconds of the vision tower with everything else before the decoder, and of the decoder. turn: seconds of the later
-    turns' forwards. decode: seconds of each step after the first token.
-    """
+    """What one run through a conversation gave."""
 
     ids: list[int] = field(default_factory=list)
+    """Token ids of the answer, its end token included."""
     logits: list[Tensor] = field(default_factory=list)
+    """One (vocabulary,) float32 tensor per token of the answer."""
     vision: float = 0.0
+    """Seconds of the vision tower, with everything else before the decoder."""
     prefill: float = 0.0
+    """Seconds of the decoder in the prefill."""
     turn: float = 0.0
+    """Seconds of the forwards of the later turns."""
     decode: list[float] = field(default_factory=list)
+    """Seconds of each step after the first token."""
 
 
 @torch.inference_mode()

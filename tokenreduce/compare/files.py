@@ -24,24 +24,34 @@ MOST_OPTIONS = 26
 
 @dataclass(frozen=True)
 class Asked:
-    """One line of a questions file. place: where it stands, for error messages."""
+    """One line of a questions file."""
 
     place: str
+    """Where it stands, `file:line`, for error messages."""
     video: Path
+    """Path of the video."""
     question: str
+    """Text, without the options."""
     answer: str
+    """The right answer; with options, one of them, word for word."""
     options: tuple[str, ...]
+    """The choices; empty for a free answer."""
 
 
 @dataclass(frozen=True)
 class Questions(Task):
-    """Videos with questions, in an order that `seed` shuffles. digest: of what was read. unpacked: what must live as long."""
+    """Videos with questions, in an order that `seed` shuffles."""
 
     name: str
+    """The folder, as the user named it."""
     asked: tuple[Asked, ...]
+    """The questions, in the order of the file."""
     seed: int
+    """Of the shuffle."""
     digest: str
+    """SHA-256 of the questions and of the videos' names and sizes."""
     unpacked: object = None
+    """Temporary folder of a data set's videos, which must live as long as the task."""
 
     @property
     def size(self) -> int:  # type: ignore[override]

@@ -45,18 +45,22 @@ class ArmOutcome:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How frames are chosen from video files: at most so many, so many a second; None leaves it to the model."""
+    """How frames are chosen from video files. None leaves it to the model."""
 
     max_frames: int | None = None
+    """Frames at most."""
     fps: float | None = None
+    """Frames per second of video."""
 
 
 @dataclass
 class _Watch:
-    """Seconds spent inside strategies."""
+    """A stop watch around the decisions of strategies."""
 
     seconds: float = 0.0
+    """Seconds spent inside strategies so far."""
     inside: bool = False
+    """Whether one is deciding now; a decision within a decision is not counted twice."""
 
     def wrap(self, run: Run, device: torch.device) -> None:
         """Time every decision of the strategies of `run`, which belong to it alone."""

@@ -21,12 +21,16 @@ SPREAD = ("count", "list")
 
 @dataclass(frozen=True)
 class Needles(Task):
-    """Needle in a video. frames, positions: conditions that examples take in turns; positions None leaves them to chance."""
+    """Needle in a video; examples take the conditions in turns."""
 
     spec: NeedleSpec
+    """What all examples have in common."""
     frames: tuple[int, ...]
+    """Lengths of the videos, in frames."""
     positions: tuple[float | None, ...]
+    """Places of the decisive tile, 0 first frame … 1 last; None leaves them to chance."""
     seed: int
+    """Of the stream of examples."""
     name = NEEDLE
     new_tokens = SHORT_ANSWER
     frame_times = False

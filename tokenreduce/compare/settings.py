@@ -23,19 +23,24 @@ HASHED = 64 * 2**20
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare. task_options: of `open_task`. new_tokens: of an answer, at most; None: the task's.
-
-    baseline: name of the arm that the others are tested against.
-    """
+    """What to compare, and on what."""
 
     task: str
+    """Name or path, see `open_task`."""
     arms: tuple[Arm, ...]
+    """In the order of the tables."""
     examples: int
+    """How many, the same for each arm."""
     seed: int
+    """Of the examples, and of the bootstrap's draws."""
     baseline: str
+    """Name of the arm that the others are tested against."""
     task_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `open_task`."""
     sampling: Sampling = field(default_factory=Sampling)
+    """Of frames from video files."""
     new_tokens: int | None = None
+    """Tokens of an answer at most; None: the task's own number."""
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

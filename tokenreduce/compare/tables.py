@@ -12,12 +12,16 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as plain text. names: what each row is about, for the page's controls. notes: sentences below the table."""
+    """A table of plain text."""
 
     title: str
+    """Heading."""
     columns: tuple[str, ...]
+    """Heads of the columns."""
     rows: tuple[tuple[str, ...], ...]
+    """Cells, one tuple per row, as long as `columns`."""
     notes: tuple[str, ...] = ()
+    """Sentences below the table."""
 
     def markdown(self) -> str:
         """A Markdown table; what Markdown would take for its own is escaped."""

@@ -20,20 +20,24 @@ LONG_ANSWER = 32
 
 @dataclass(frozen=True)
 class Item:
-    """One example. video: frames (F, H, W, 3) uint8, or a file. turns: questions; the last one is scored.
-
-    expected: the right answer in the form that `read` gives. question: reads replies in place of our own rules. cell: where
-    the example lies in a grid of conditions. shown: frames that pictures of the example should have.
-    """
+    """One example."""
 
     id: str
+    """Names the example in rows and messages."""
     video: NDArray[np.uint8] | Path
+    """Frames (F, H, W, 3) uint8 RGB, or a file."""
     turns: tuple[tuple[str, str], ...]
+    """(question, right answer) of each turn; the last one is scored."""
     expected: str
+    """The right answer in the form that `read` gives."""
     options: tuple[str, ...] = ()
+    """The choices, in the order of their letters; empty for a free answer."""
     question: Question | None = None
+    """Reads replies in place of our own rules, where there is one."""
     cell: dict[str, float] = field(default_factory=dict)
+    """Where the example lies in a grid of conditions, by the condition's name."""
     shown: tuple[int, ...] = ()
+    """Frames that pictures of the example should have."""
 
     def read(self, reply: str) -> str:
         """What a reply says; equal to `expected` if it is right."""
@@ -46,8 +50,11 @@ class Task(ABC):
     """A source of examples; example `index` is always the same."""
 
     name: str
+    """What a user calls it by."""
     new_tokens = LONG_ANSWER
+    """Tokens of an answer at most."""
     frame_times = True
+    """Whether the prompt may tell the times of the frames."""
     size: int | None = None
     """How many examples there are, None for any number."""
 

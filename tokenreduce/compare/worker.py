@@ -15,12 +15,16 @@ from tokenreduce.compare.tasks import Task
 
 @dataclass
 class Done:
-    """What came of one unit: rows, and where there are some, checks of its model and pictures."""
+    """What came of one unit."""
 
     unit: Unit
+    """Model and index of the example."""
     rows: list[dict[str, Any]]
+    """One per arm of the model."""
     checks: list[Check] = field(default_factory=list)
+    """Of the model; empty but for its first unit."""
     picture: dict[str, Any] | None = None
+    """Strips of the example, see `patches.picture`; None where none are drawn."""
 
 
 class Worker:

@@ -47,16 +47,16 @@ _READ: dict[str, Callable[[str], Any]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Plain data and where it came from.
-
-    name: what to call it in errors: the file as the user gave it, or `pipeline`. values, keys: where each value and the
-    key of each mapping entry begins; empty for data that was not read from a file.
-    """
+    """Plain data and where it came from."""
 
     data: Any
+    """The value."""
     name: str
+    """What errors call it: the file as the user gave it, or `pipeline`."""
     values: dict[Loc, Mark] = field(default_factory=dict)
+    """Where each value begins; empty for data that was not read from a file."""
     keys: dict[Loc, Mark] = field(default_factory=dict)
+    """Where the key of each mapping entry begins; empty likewise."""
 
     def place(self, loc: Loc, *, key: bool = False) -> str:
         """`file:line:column` of the value at `loc` (or of its key), or of the nearest thing around it."""

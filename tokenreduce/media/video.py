@@ -22,19 +22,20 @@ INDEXED = {"mp4", "matroska", "webm"}
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says of its first video stream.
-
-    frames: how many there are. fps: average frames per second. width, height: pixels, before any rotation.
-    pts, key_pts: presentation times of all frames and of those decoding can start at, ascending, in the stream's time
-    base; None where the container cannot be trusted with them, so that frames are found by counting.
-    """
+    """What a file says of its first video stream."""
 
     frames: int
+    """How many there are."""
     fps: float
+    """Average frames per second."""
     width: int
+    """Pixels, before any rotation."""
     height: int
+    """Pixels, before any rotation."""
     pts: tuple[int, ...] | None = None
+    """Times of all frames, ascending, in the stream's time base; None where the container cannot be trusted with them."""
     key_pts: tuple[int, ...] | None = None
+    """Times of the frames decoding can start at, ascending, in the same unit; None as for `pts`."""
 
     @property
     def duration(self) -> float:
@@ -44,18 +45,20 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class VideoClip:
-    """Sampled frames.
-
-    frames: one uint8 RGB (H, W, 3) array per frame; sizes may differ. times: seconds, one per frame. duration: seconds,
-    of the whole video. fps: of the video. indices: place of each frame in the video. total: of the video, if known.
-    """
+    """Sampled frames."""
 
     frames: Sequence[NDArray[np.uint8]]
+    """One uint8 RGB (H, W, 3) array per frame; sizes may differ."""
     times: list[float]
+    """Seconds, one per frame."""
     duration: float
+    """Seconds, of the whole video."""
     fps: float
+    """Frames per second of the video."""
     indices: list[int]
+    """Place of each frame in the video."""
     total: int | None = None
+    """Frames of the video, if known."""
 
     @classmethod
     def of(cls, info: VideoInfo, indices: list[int], frames: Sequence[NDArray[np.uint8]]) -> VideoClip:

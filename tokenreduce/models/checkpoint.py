@@ -25,11 +25,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load: each None leaves the choice to transformers (dtype: the one the checkpoint states)."""
+    """How to load. None leaves the choice to transformers."""
 
     dtype: torch.dtype | None = None
+    """Of the weights; None: the one the checkpoint states."""
     attn_implementation: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2` …"""
     device_map: Any = None
+    """As in `from_pretrained`, which needs accelerate for it."""
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained`. Pickled weights and remote code are never allowed."""

@@ -18,19 +18,30 @@ Video = str | Path | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class VideoQuestion:
-    """What `prepare` was asked; see there. None means: as the model was made for."""
+    """What `prepare` was asked. None means: as the model was made for."""
 
     video: Video
+    """A file, or frames that the caller sampled."""
     question: str
+    """Text, without any prompt around it."""
     frame_times: Sequence[float] | None = None
+    """Seconds, one per frame of an array."""
     duration: float | None = None
+    """Seconds, length of the video an array was taken from."""
     time_instruction: bool = True
+    """Whether to tell the model duration and frame times, where its prompt has a place for them."""
     max_slice_nums: int | None = None
+    """MiniCPM-V: slices per frame at most."""
     use_image_id: bool | None = None
+    """MiniCPM-V: whether frames are numbered."""
     fps: float | None = None
+    """Frames per second to sample from a file; of an array, what it counts as sampled at."""
     max_frames: int | None = None
+    """Frames of a file at most."""
     force_sample: bool | None = None
+    """Whether to spread `max_frames` over any file."""
     progress: Callable[[int, int], None] | None = None
+    """Called with (frames decoded, frames wanted)."""
 
     def clip(self, choose: Callable[[VideoInfo], list[int]]) -> VideoClip:
         """The frames to show: those `choose` picks from a file, or all of an array, which was sampled by the caller."""

@@ -121,15 +121,14 @@ def _decode(path: Path, side: int) -> Frames:
 
 @dataclass(frozen=True)
 class Haystack:
-    """Clips from which stretches of background are cut.
-
-    paths: videos. resolution: pixels per side of the (square) frames given out. augment: vary brightness and contrast,
-    play backwards and cut between clips (training only).
-    """
+    """Clips from which stretches of background are cut."""
 
     paths: tuple[Path, ...]
+    """Videos."""
     resolution: int = 48
+    """Pixels per side of the square frames given out."""
     augment: bool = False
+    """Whether to vary brightness and contrast, play backwards and cut between clips; for training only."""
 
     def __post_init__(self) -> None:
         if not self.paths:

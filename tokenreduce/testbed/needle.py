@@ -26,26 +26,30 @@ _CARD = (96, 160)
 
 @dataclass(frozen=True)
 class NeedleSpec:
-    """What the examples of a task look like.
-
-    kind: what is asked, see `tokenreduce.testbed.questions`. frames: length of the video. placement: `edit` draws a tile
-    over a frame of the clip, `insert` gives it a grey frame of its own, `mixed` tosses a coin per tile. size: side of a
-    tile in cells. grid, resolution: cells and pixels per side of a frame. tiles: how many tiles carry a digit. pointers:
-    how many carry a spot of another tile's colour (None: what `kind` needs). position: where in the video the tile
-    that decides the answer is, 0 first frame … 1 last; None is anywhere. clips: `heldout`, `train`, or videos by path.
-    """
+    """What the examples of a task look like."""
 
     kind: Kind = "one_hop"
+    """What is asked, see `tokenreduce.testbed.questions`."""
     frames: int = 16
+    """Length of the video, in frames."""
     placement: Placement = "edit"
+    """`edit` draws a tile over a frame of the clip, `insert` gives it a grey frame of its own, `mixed` tosses a coin."""
     size: int = 1
+    """Side of a tile, in cells."""
     grid: int = 6
+    """Cells per side of a frame."""
     resolution: int = 48
+    """Pixels per side of a frame."""
     tiles: int = 4
+    """How many tiles carry a digit."""
     pointers: int | None = None
+    """How many carry a spot of another tile's colour; None: what `kind` needs."""
     position: float | None = None
+    """Where the tile that decides the answer is, 0 first frame … 1 last; None: anywhere."""
     clips: Split | tuple[Path | str, ...] = "heldout"
+    """`heldout`, `train`, or videos by path."""
     augment: bool = False
+    """Whether the clips are varied, see `Haystack`; for training only."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -77,16 +81,16 @@ class NeedleSpec:
 
 @dataclass(frozen=True)
 class Example:
-    """A video and what is asked about it.
-
-    frames: (F, H, W, 3) uint8 RGB. question, answer, options: the first turn. needles: every tile and where it is. kind: the
-    task's. second: question of a second turn on the same video, if the kind has one (its answer is the one that is scored).
-    """
+    """A video and what is asked about it."""
 
     frames: NDArray[np.uint8]
+    """(F, H, W, 3) uint8 RGB."""
     turns: tuple[Question, ...]
+    """The questions, one per turn; the answer to the last is scored."""
     needles: tuple[Tile, ...]
+    """Every tile and where it is."""
     kind: Kind
+    """The task's."""
 
     @property
     def question(self) -> str:
@@ -119,6 +123,7 @@ class NeedleTask:
     """A stream of examples; example (seed, index) is always the same."""
 
     spec: NeedleSpec = NeedleSpec()
+    """What the examples look like."""
 
     @cached_property
     def _haystack(self) -> Haystack:

@@ -27,27 +27,34 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Tile:
-    """A needle. content: a digit, or the colour of a spot. frame, row, column: where it is; −1 before it has a place.
-
-    inserted: whether its frame is a card of its own rather than a frame of the clip.
-    """
+    """A needle."""
 
     colour: str
+    """Of the tile, a name of `glyphs.COLOURS`."""
     content: str
+    """A digit, or the colour of a spot."""
     frame: int = -1
+    """Frame it is in; −1 before it has a place."""
     row: int = -1
+    """Cell row of its upper left corner; −1 before it has a place."""
     column: int = -1
+    """Cell column of that corner; −1 before it has a place."""
     inserted: bool = False
+    """Whether its frame is a card of its own rather than a frame of the clip."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One turn. options: what the words of the answer that count may be. needs: indices of the tiles the answer rests on."""
+    """One turn."""
 
     text: str
+    """The question."""
     answer: str
+    """The right answer, in words."""
     options: tuple[str, ...]
+    """What the words of the answer that count may be."""
     needs: tuple[int, ...]
+    """Indices of the tiles that the answer rests on."""
 
     @property
     def expected(self) -> tuple[str, ...]:

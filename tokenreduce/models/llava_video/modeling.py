@@ -26,18 +26,19 @@ PoolMode = Literal["bilinear", "average", "max"]
 class LlavaVideoConfig(LlavaOnevisionConfig):  # type: ignore[misc]
     """Config of the native model.
 
-    pool_mode, pool_stride: how a frame's features are pooled; stride 1 leaves them as they are.
-    context_length: tokens the model was made for; `prepare` refuses more. None: no limit.
-    force_sample: spread `max_frames` over every video, also over a short one.
-    video_token_id: stands for one video token in input_ids; an id that no text uses.
+    `video_token_id`, inherited, stands for one video token in input_ids; no text uses it.
     """
 
     model_type = "llava_video"
 
     pool_mode: PoolMode = "bilinear"
+    """How the features of a frame are pooled."""
     pool_stride: int = 2
+    """Patches per side of a pooled one; 1 leaves the features as they are."""
     context_length: int | None = 32768
+    """Tokens the model was made for, which `prepare` refuses to exceed; None: no limit."""
     force_sample: bool = False
+    """Whether to spread `max_frames` over every video, also over a short one."""
 
     @property
     def rows(self) -> int:

@@ -30,27 +30,35 @@ VISION_BATCH = 16
 
 
 class MiniCPMVConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Config of the native model.
-
-    query_num: tokens per picture. scale_resolution: side in pixels of the square whose area each picture is given.
-    *_token_id: `image` is the <unk> that stands for one query of a picture; the others are the tags around pictures.
-    """
+    """Config of the native model."""
 
     model_type = "minicpmv2_6"
     sub_configs = {"vision_config": Idefics2VisionConfig, "text_config": Qwen2Config}  # noqa: RUF012
 
     vision_config: Any = None
+    """Idefics2VisionConfig of the tower."""
     text_config: Any = None
+    """Qwen2Config of the decoder."""
     query_num: int = 64
+    """Tokens per picture."""
     scale_resolution: int = 448
+    """Side, in pixels, of the square whose area each picture is given."""
     image_token_id: int = 128244
+    """<unk>, which stands for one query of a picture."""
     image_start_token_id: int = 151646
+    """<image>, before an overview."""
     image_end_token_id: int = 151647
+    """</image>, after it."""
     slice_start_token_id: int = 151656
+    """<slice>, before a slice."""
     slice_end_token_id: int = 151657
+    """</slice>, after it."""
     image_id_start_token_id: int = 151658
+    """<image_id>, before the number of a frame."""
     image_id_end_token_id: int = 151659
+    """</image_id>, after it."""
     newline_token_id: int = 198
+    """Newline between the rows of slices."""
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -224,11 +232,14 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
 
 
 class _Picture(NamedTuple):
-    """Where a picture is in pixel_values (row, column), and its patch rows and columns."""
+    """Where a picture is in pixel_values."""
 
     row: int
+    """Row of the batch."""
     column: int
+    """Place among the pictures of that row."""
     size: tuple[int, int]
+    """Patch rows and columns."""
 
 
 def _match_pictures(needed: Sequence[int], sizes: Sequence[Sequence[Sequence[int]]], cached: bool) -> list[_Picture]:
