@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tokenreduce.errors import MediaError
 from tokenreduce.media import video
-from tokenreduce.media.video import VideoClip, probe, read_frames, read_video, sample_indices
+from tokenreduce.media.video import VideoClip, decode_frames, read_video, sample_indices, video_info
 
 WriteVideo = Callable[..., Path]
 FRAMES, RATE, WIDTH, HEIGHT = 90, 25, 48, 32
@@ -96,10 +96,10 @@ class TestDecoding:
         self, write_video: WriteVideo, name: str, codec: str, options: dict[str, str]
     ) -> None:
         path = write_video(name, codec, **options)
-        expected, info = every_frame(path), probe(path)
+        expected, info = every_frame(path), video_info(path)
         assert (info.frames, info.fps, info.width, info.height) == (FRAMES, RATE, WIDTH, HEIGHT)
         for indices in ([0, 45, 89], [89], [3, 3, 88, 40, 41], list(range(FRAMES))):
-            frames = read_frames(path, indices, info=info)
+            frames = decode_frames(path, indices, info=info)
             assert all(np.array_equal(frame, expected[i]) for frame, i in zip(frames, indices, strict=True))
 
     def test_jumps_over_what_nobody_asked_for(self, write_video: WriteVideo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,15 +114,15 @@ class TestDecoding:
                 yield frame
 
         monkeypatch.setattr(video._Reader, "frames", counting)
-        read_frames(path, [0, 60, 62])
+        decode_frames(path, [0, 60, 62])
         assert decoded == 1 + 3
 
     def test_a_landing_beyond_the_target_is_read_from_the_start(self, write_video: WriteVideo) -> None:
         path = write_video("clip.mp4", g="12")
-        info = probe(path)
+        info = video_info(path)
         assert info.pts is not None
         lying = video.VideoInfo(info.frames, info.fps, WIDTH, HEIGHT, info.pts, (*info.pts[:1], info.pts[59]))
-        assert np.array_equal(read_frames(path, [59], info=lying)[0], every_frame(path)[59])
+        assert np.array_equal(decode_frames(path, [59], info=lying)[0], every_frame(path)[59])
 
     def test_a_clip_knows_its_times(self, write_video: WriteVideo) -> None:
         path = write_video("clip.mp4")
@@ -147,7 +147,7 @@ class TestDecoding:
         start = data.index(b"tkhd") + 4 + 40  # ISO 14496-12: the matrix of a version 0 track header
         data[start : start + 32] = matrix
         path.write_bytes(data)
-        assert np.array_equal(read_frames(path, [1])[0], np.rot90(flat[1], turns))
+        assert np.array_equal(decode_frames(path, [1])[0], np.rot90(flat[1], turns))
 
     def test_frames_of_several_sizes_make_no_array(self) -> None:
         frames = [np.zeros((4, 6, 3), np.uint8), np.zeros((6, 4, 3), np.uint8)]
@@ -210,10 +210,10 @@ class TestBadInput:
     def test_a_frame_that_is_not_there(self, write_video: WriteVideo) -> None:
         path = write_video("clip.mp4", frames=5)
         with pytest.raises(MediaError, match=r"no frame 5; the video has frames 0 … 4"):
-            read_frames(path, [0, 5])
+            decode_frames(path, [0, 5])
 
     def test_frames_that_cannot_be_decoded(self, write_video: WriteVideo) -> None:
         path = write_video("clip.avi", "mpeg4")
         more = video.VideoInfo(FRAMES + 5, RATE, WIDTH, HEIGHT)
         with pytest.raises(MediaError, match=rf"frame {FRAMES + 4} of {FRAMES + 5} cannot be decoded"):
-            read_frames(path, [0, FRAMES + 4], info=more)
+            decode_frames(path, [0, FRAMES + 4], info=more)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tokenreduce.errors import CheckpointError, LayoutError, MediaError, UnsupportedError
-from tokenreduce.media.video import read_frames
+from tokenreduce.media.video import decode_frames
 from tokenreduce.models import load_model, prepare
 from tokenreduce.models.llava_video.modeling import LlavaVideoForConditionalGeneration
 
@@ -88,7 +88,7 @@ class TestFiles:
             container.mux(stream.encode(None))
         seen: list[tuple[int, int]] = []
         made = prepare(model, path, "What?", max_frames=3, progress=lambda *done: seen.append(done))
-        shown = np.stack(read_frames(path, [0, 4, 9]))
+        shown = np.stack(decode_frames(path, [0, 4, 9]))
         wanted = prepare(model, shown, "What?", frame_times=[0.0, 0.8, 1.8], duration=2.0)
         assert all(torch.equal(made[name], wanted[name]) for name in wanted)
         assert seen == [(1, 3), (2, 3), (3, 3)]

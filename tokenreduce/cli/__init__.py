@@ -1,6 +1,6 @@
 """The command line: it reads arguments, calls the library and prints; nothing is computed here.
 
-Each module without an underscore is a command, and holds a function of the module's name; `_output`, `_media` and their
+Each module without an underscore is a command, and holds the function NAME_command; `_output`, `_media` and their
 like are shared by commands. A command imports what it needs inside its function, so that `--help` is quick. Every
 TokenReduceError ends a command with one line on stderr and exit code 2. Nothing else in the library imports this
 package.
@@ -67,7 +67,7 @@ def application() -> typer.Typer:
     names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     for name in sorted(names, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name)):
         module = importlib.import_module(f"{__name__}.{name}")
-        app.command(name)(getattr(module, name))
+        app.command(name)(getattr(module, f"{name}_command"))
     return app
 
 

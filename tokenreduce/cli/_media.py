@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenreduce.errors import MediaError
-from tokenreduce.media.video import FPS, VideoClip, probe, read_frames, sample_indices
+from tokenreduce.media.video import FPS, VideoClip, decode_frames, sample_indices, video_info
 from tokenreduce.testbed.embedded import EMBEDDED, MAX_FRAMES
 
 DEMO = "demo"
@@ -87,10 +87,10 @@ def read_question(video: str, question: str, model: str, fps: float | None, max_
     """Decode and sample `video`. Raises MediaError where it cannot be read."""
     if video == DEMO and not Path(video).is_file():
         return _demo(question, model)
-    info = probe(video)
+    info = video_info(video)
     most = max_frames or (MAX_FRAMES if model == EMBEDDED else 64)
     indices = sample_indices(info.frames, info.fps, fps or FPS, most)
-    clip = VideoClip.of(info, indices, read_frames(video, indices, info=info))
+    clip = VideoClip.of(info, indices, decode_frames(video, indices, info=info))
     return Asking(Path(video).stem, question or DEFAULT_QUESTION, model, clip, clip.array())
 
 

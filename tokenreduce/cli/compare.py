@@ -14,7 +14,7 @@ NEEDLES = 200
 """Examples of the needle task, where no number is given."""
 
 
-def compare(
+def compare_command(
     output: Annotated[Path, typer.Option(help="Folder of the comparison: a new one, or one to go on with.")],
     task: Annotated[
         str,
@@ -141,11 +141,11 @@ def _settings(
 def _run(settings: Settings, output: Path, pictures: int, ray: str | None) -> dict[str, Any]:
     from rich.console import Console
 
-    from tokenreduce.compare.run import compare as run
+    from tokenreduce.compare.run import compare
 
     console = Console(stderr=True)
     with console.status("loading the model") as status:
-        return run(
+        return compare(
             settings,
             output,
             pictures=pictures,

@@ -9,7 +9,7 @@ import typer
 from tokenreduce.cli._output import print_json, print_table
 
 
-def models(
+def models_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List supported model families, with checkpoints known to fit.

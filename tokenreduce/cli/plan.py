@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BLOCKS = "▏▎▍▌▋▊▉█"
 
 
-def plan(
+def plan_command(
     pipeline: Annotated[list[str], typer.Argument(help="Presets or YAML files.")],
     model: Annotated[str, typer.Option(help="A known architecture, or the path of a config.json.")] = "llava-video-7b",
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the model's.")] = None,

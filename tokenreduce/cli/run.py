@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tokenreduce.compare.side_by_side import MeasuredArm
 
 
-def run(
+def run_command(
     video: Annotated[
         str, typer.Argument(help="A video file, or `demo`: a real clip with numbered tiles drawn into it.")
     ],

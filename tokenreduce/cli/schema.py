@@ -11,7 +11,7 @@ import typer
 from tokenreduce.cli._output import write_new
 
 
-def schema(
+def schema_command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: stdout.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
 ) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tokenreduce.strategy import Capabilities
 
 
-def strategies(
+def strategies_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the strategies a pipeline may name, and their packages.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-def validate(
+def validate_command(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML files, or names of presets.")],
 ) -> None:
     """Check pipelines; say with line and column what is wrong.

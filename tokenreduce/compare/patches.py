@@ -17,7 +17,7 @@ from tokenreduce.compare.measure import ArmOutcome, Bench
 from tokenreduce.compare.tasks import Item
 from tokenreduce.errors import MediaError
 from tokenreduce.media.pictures import frame_grid, patch_positions, patch_states, render_frame
-from tokenreduce.media.video import FPS, MAX_FRAMES, probe, read_frames, sample_indices
+from tokenreduce.media.video import FPS, MAX_FRAMES, decode_frames, sample_indices, video_info
 
 FRAMES, SIDE, GAP = 8, 144, 4
 """Frames in a strip at most, pixels of the longer side of one, and between two."""
@@ -70,10 +70,10 @@ def _frames(bench: Bench, item: Item) -> Pixels | None:
     if not isinstance(item.video, Path):
         return item.video
     try:
-        info = probe(item.video)
+        info = video_info(item.video)
         most = bench.sampling.max_frames or MAX_FRAMES
         indices = sample_indices(info.frames, info.fps, bench.sampling.fps or FPS, most)
-        return np.stack(read_frames(item.video, indices, info=info))
+        return np.stack(decode_frames(item.video, indices, info=info))
     except (MediaError, ValueError):
         return None
 

@@ -98,7 +98,7 @@ def sample_indices(
     return indices
 
 
-def probe(path: str | Path) -> VideoInfo:
+def video_info(path: str | Path) -> VideoInfo:
     """Frames, rate and size of a file's first video stream. Reads the file through, decodes nothing.
 
     Raises:
@@ -129,7 +129,7 @@ def probe(path: str | Path) -> VideoInfo:
         )
 
 
-def read_frames(
+def decode_frames(
     path: str | Path,
     indices: Sequence[int],
     *,
@@ -141,13 +141,13 @@ def read_frames(
     Args:
         path: the file.
         indices: frames to read, 0 … frames − 1, in any order, repeats allowed.
-        info: from `probe`, if there already.
+        info: from `video_info`, if there already.
         progress: called with (frames read, frames wanted).
 
     Raises:
-        MediaError: as `probe`; also an index beyond the video, or a frame that cannot be decoded.
+        MediaError: as `video_info`; also an index beyond the video, or a frame that cannot be decoded.
     """
-    info = info or probe(path)
+    info = info or video_info(path)
     wanted = sorted(set(indices))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < info.frames:
         outside = wanted[0] if wanted[0] < 0 else wanted[-1]
@@ -174,9 +174,9 @@ def read_video(
     progress: Callable[[int, int], None] | None = None,
 ) -> VideoClip:
     """Sample a file as `sample_indices` says and read those frames."""
-    info = probe(path)
+    info = video_info(path)
     indices = sample_indices(info.frames, info.fps, fps, max_frames, force_sample)
-    return VideoClip.of(info, indices, read_frames(path, indices, info=info, progress=progress))
+    return VideoClip.of(info, indices, decode_frames(path, indices, info=info, progress=progress))
 
 
 class _Reader:

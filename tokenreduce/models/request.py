@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenreduce.errors import MediaError
-from tokenreduce.media.video import FPS, VideoClip, VideoInfo, probe, read_frames
+from tokenreduce.media.video import FPS, VideoClip, VideoInfo, decode_frames, video_info
 
 Video = str | Path | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 """Path of a video file, or sampled frames: uint8 RGB (F, H, W, 3), or a list of (H, W, 3) or (f, H, W, 3) arrays."""
@@ -48,9 +48,9 @@ class VideoQuestion:
         if isinstance(self.video, str | Path):
             if self.frame_times is not None or self.duration is not None:
                 raise MediaError(f"{self.video}: frame_times and duration belong to arrays; a video file has its own")
-            info = probe(self.video)
+            info = video_info(self.video)
             indices = choose(info)
-            return VideoClip.of(info, indices, read_frames(self.video, indices, info=info, progress=self.progress))
+            return VideoClip.of(info, indices, decode_frames(self.video, indices, info=info, progress=self.progress))
         return self._given_clip(_frame_list(self.video))
 
     def _given_clip(self, frames: list[NDArray[np.uint8]]) -> VideoClip:
