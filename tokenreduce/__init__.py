@@ -1,4 +1,14 @@
-"""tokenreduce: token reduction for video LVLMs, inside unmodified Hugging Face models."""
+"""tokenreduce: token reduction for video LVLMs, inside unmodified Hugging Face models.
+
+Public, and stable, are:
+
+- the names in `dir(tokenreduce)`, for those who call models (`import tokenreduce as tr`);
+- the names in `tokenreduce.plugin`, for authors of strategies and adapters, and `tokenreduce.plugins.manager`, to register one by
+  hand;
+- `__all__` of `tokenreduce.compare` and `tokenreduce.testbed`, and the command line.
+
+All other modules may change without notice.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +18,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tokenreduce.budget import Budget
-    from tokenreduce.engine.attach import Run, attach, detach, reduce
+    from tokenreduce.engine.attach import Run, reduce
+    from tokenreduce.engine.attach import attach as attach  # Deprecated.
+    from tokenreduce.engine.attach import detach as detach
     from tokenreduce.engine.streaming.stream import Stream, stream
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.layout import TokenLayout
@@ -46,8 +58,6 @@ __all__ = [
     "TokenLayout",
     "TokenReduceError",
     "Trace",
-    "attach",
-    "detach",
     "load_model",
     "load_pipeline",
     "plan",
@@ -63,4 +73,10 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'tokenreduce' has no attribute '{name}'")
+    from tokenreduce.errors import nearest
+
+    raise AttributeError(f"module 'tokenreduce' has no attribute '{name}'{nearest(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))]

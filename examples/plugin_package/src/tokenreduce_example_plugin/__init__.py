@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenreduce.hookspecs import hookimpl
+from tokenreduce.plugin import hookimpl
 from tokenreduce_example_plugin.keep_largest_norm import KeepLargestNorm
 from tokenreduce_example_plugin.observer import log_stage
 
 if TYPE_CHECKING:
-    from tokenreduce.strategy import Strategy
-    from tokenreduce.trace import StageTrace
+    from tokenreduce.plugin import StageTrace, Strategy
 
 
 @hookimpl

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import Capabilities, Layer, Share, StageConfig, StageContext, Strategy
+from tokenreduce.plugin import Capabilities, Layer, Reduction, Share, StageConfig, StageContext, Strategy
 
 
 class KeepLargestNorm(Strategy):

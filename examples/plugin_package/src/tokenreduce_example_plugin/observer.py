@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenreduce.trace import StageTrace
+    from tokenreduce.plugin import StageTrace
 
 _log = logging.getLogger("tokenreduce_example_plugin")
 
