@@ -38,15 +38,15 @@ class Asking:
     notes: list[str] = field(default_factory=list)
     """Lines to tell the user about the model."""
 
-    def load(self) -> tuple[Any, list[str]]:
-        """The model in eval mode, and lines to tell the user about it."""
+    def load(self, loading: dict[str, Any]) -> tuple[Any, list[str]]:
+        """The model in eval mode, and lines to tell the user about it. loading: arguments of `load_model`."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         if self.model == EMBEDDED:
             from tokenreduce.testbed.embedded import load_embedded
 
-            model = load_embedded()
+            model = load_embedded(**loading)
             if not model.is_trained:
                 self.notes.append(
                     "the embedded model has random weights: its answers mean nothing, its counts and times do"
@@ -54,7 +54,7 @@ class Asking:
             return model, self.notes
         from tokenreduce.models import load_model
 
-        return load_model(self.model).eval(), self.notes
+        return load_model(self.model, **loading), self.notes
 
     def prepare(self, model: Any) -> Any:
         """Inputs for `model`."""

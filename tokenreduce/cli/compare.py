@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loading_of
+
 if TYPE_CHECKING:
     from tokenreduce.compare.settings import Settings
 
@@ -68,6 +70,11 @@ def compare_command(
     ray: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster, or `local` to start one on this machine.")
     ] = None,
+    gpus_per_worker: Annotated[int, typer.Option(min=1, help="With --ray: GPUs that each worker reserves.")] = 1,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    attn: Attention = None,
+    device_map: DeviceMap = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report of what the folder holds; run nothing.")
     ] = False,
@@ -99,9 +106,20 @@ def compare_command(
             "clips": tuple(clip or ()), "resolution": resolution, "grid": grid,
         }  # fmt: skip
         settings = _settings(
-            task, arm, budget, model, examples, seed, baseline, needle, questions, (max_frames, fps), new_tokens
+            task,
+            arm,
+            budget,
+            model,
+            examples,
+            seed,
+            baseline,
+            needle,
+            questions,
+            (max_frames, fps),
+            new_tokens,
+            loading_of(device, dtype, attn, device_map),
         )
-        summary = _run(settings, output, pictures, ray)
+        summary = _run(settings, output, pictures, ray, gpus_per_worker)
     _print(summary)
     print(f"wrote {output / PAGE}, {output / MARKDOWN}, {output / SUMMARY}")
 
@@ -118,6 +136,7 @@ def _settings(
     questions: Path | None,
     sampling: tuple[int | None, float | None],
     new_tokens: int | None,
+    loading: dict[str, Any],
 ) -> Settings:
     from tokenreduce.compare.arms import expand
     from tokenreduce.compare.measure import Sampling
@@ -134,11 +153,12 @@ def _settings(
         baseline=baseline_name(expanded, baseline),
         task_options=options,
         sampling=Sampling(*sampling),
+        loading=loading,
         new_tokens=new_tokens,
     )
 
 
-def _run(settings: Settings, output: Path, pictures: int, ray: str | None) -> dict[str, Any]:
+def _run(settings: Settings, output: Path, pictures: int, ray: str | None, gpus_per_worker: int) -> dict[str, Any]:
     from rich.console import Console
 
     from tokenreduce.compare.run import compare
@@ -150,6 +170,7 @@ def _run(settings: Settings, output: Path, pictures: int, ray: str | None) -> di
             output,
             pictures=pictures,
             ray=ray,
+            gpus_per_worker=gpus_per_worker,
             tell=lambda done, asked: status.update(f"{done} of {asked} examples"),
         )
 

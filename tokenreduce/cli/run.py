@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loading_of
+
 if TYPE_CHECKING:
     from tokenreduce.compare.side_by_side import MeasuredArm
 
@@ -27,6 +29,10 @@ def run_command(
     max_frames: Annotated[
         int | None, typer.Option(help="Frames at most. Default: 64; for the embedded model 32.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    attn: Attention = None,
+    device_map: DeviceMap = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills per arm, after one warm-up.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, at most.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that exists.")] = False,
@@ -46,12 +52,13 @@ def run_command(
     from tokenreduce.cli._media import read_question
 
     asking = read_question(video, question, model, fps, max_frames)
+    where = loading_of(device, dtype, attn, device_map)
     folder = output or Path("runs") / asking.name
     _check_folder(folder, force)
 
     from tokenreduce.compare.side_by_side import measure
 
-    loaded, note = asking.load()
+    loaded, note = asking.load(where)
     with _progress() as tell:
         tell("decoding and preparing")
         inputs = asking.prepare(loaded)
@@ -69,6 +76,9 @@ def run_command(
 
         folder.mkdir(parents=True, exist_ok=True)
         written = write_folder(folder, loaded, inputs, arms, asking)
+    from tokenreduce.models.placement import placement_line
+
+    print(f"model: {model} on {placement_line(loaded)}")
     _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
     for line in (*note, *written):
         print(line)

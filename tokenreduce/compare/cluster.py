@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,17 @@ ATTEMPTS = 3
 """Workers that may die over one example before the comparison gives up."""
 
 
-def run_on_ray(settings: Settings, units: Sequence[Unit], pictures: int, address: str) -> Iterator[Done]:
+def run_on_ray(
+    settings: Settings, units: Sequence[Unit], pictures: int, address: str, gpus_per_worker: int = 1
+) -> Iterator[Done]:
     """Results of `units`, as they come. address: of a cluster, `auto` for the one at hand, `local` to start one.
 
-    One worker per CPU of the cluster (per GPU, where it has some), each with a copy of the model. tokenreduce must be
-    installed on every node. Raises TokenReduceError where Ray is not installed or not reached, or where an example kills
-    its worker ATTEMPTS times; errors of the work itself are raised as they are.
+    One worker per CPU of the cluster, each with a copy of the model. Where the cluster has GPUs, each worker reserves
+    `gpus_per_worker` of them and loads onto those that it was given. tokenreduce must
+    be installed on every node.
+
+    Raises TokenReduceError where Ray is not installed or not reached, or where an example kills its
+    worker ATTEMPTS times; errors of the work itself are raised as they are.
     """
     ray = _ray()
     ours = not ray.is_initialized()
@@ -36,17 +42,23 @@ def run_on_ray(settings: Settings, units: Sequence[Unit], pictures: int, address
                 f"--ray {address}: no cluster there ({' '.join(str(error).split())[:200]})"
             ) from None
     try:
-        yield from _dispatch(ray, settings, deque(units), pictures)
+        yield from _dispatch(ray, settings, deque(units), pictures, gpus_per_worker)
     finally:
         if ours:
             ray.shutdown()
 
 
-def _dispatch(ray: Any, settings: Settings, waiting: deque[Unit], pictures: int) -> Iterator[Done]:
+def _dispatch(
+    ray: Any, settings: Settings, waiting: deque[Unit], pictures: int, gpus_per_worker: int
+) -> Iterator[Done]:
     resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    places = min(gpus or max(1, int(resources.get("CPU", 1))), len(waiting))
-    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Actor)
+    gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+    if gpus and gpus < gpus_per_worker:
+        raise TokenReduceError(f"--gpus-per-worker {gpus_per_worker}: the cluster has {gpus} GPUs in all")
+    settings = placed(settings, gpus, gpus_per_worker)
+    on_gpus = gpus and settings.loading.get("device") != "cpu"
+    places = min(gpus // gpus_per_worker if on_gpus else cpus, len(waiting))
+    remote = ray.remote(num_cpus=1, num_gpus=gpus_per_worker if on_gpus else 0)(_Actor)
     idle = [remote.remote(settings, pictures) for _ in range(places)]
     busy: dict[Any, tuple[Any, Unit]] = {}
     deaths: dict[Unit, int] = {}
@@ -71,6 +83,21 @@ def _dispatch(ray: Any, settings: Settings, waiting: deque[Unit], pictures: int)
             raise error.cause from None
         idle.append(worker)
         yield done
+
+
+def placed(settings: Settings, gpus: int, gpus_per_worker: int) -> Settings:
+    """`settings` for workers that see only the GPUs that they reserved: a model goes onto the first, or is spread over all.
+
+    gpus: of the cluster. Raises TokenReduceError for a device with a number, which would be another one in each worker.
+    """
+    device = settings.loading.get("device", "")
+    if ":" in device:
+        raise TokenReduceError(
+            f"--device {device} with --ray: each worker is given devices of its own; leave the number out"
+        )
+    if gpus and gpus_per_worker > 1 and not device and "device_map" not in settings.loading:
+        return replace(settings, loading={**settings.loading, "device_map": "auto"})
+    return settings
 
 
 class _Actor:

@@ -23,6 +23,7 @@ from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
 from tokenreduce.errors import MediaError, TokenReduceError
 from tokenreduce.models import load_model, prepare
+from tokenreduce.models.placement import placement_line
 from tokenreduce.pipeline import Pipeline
 from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.testbed.embedded import EMBEDDED, MAX_FRAMES, load_embedded
@@ -84,10 +85,16 @@ class Bench:
     """A model and the arms that share it."""
 
     def __init__(
-        self, model: str, arms: Sequence[Arm], new_tokens: int, frame_times: bool, sampling: Sampling = Sampling()
+        self,
+        model: str,
+        arms: Sequence[Arm],
+        new_tokens: int,
+        frame_times: bool,
+        sampling: Sampling = Sampling(),
+        loading: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.arms, self.new_tokens, self.sampling = model, list(arms), new_tokens, sampling
-        self.model = open_model(model)
+        self.model = open_model(model, loading or {})
         # The embedded model spells numbers digit by digit: frame times would be a third of its input.
         self.frame_times = frame_times and model != EMBEDDED
         self.speaker = Speaker(self.model)
@@ -131,6 +138,7 @@ class Bench:
             "cell": item.cell,
             "input_tokens": int(inputs["input_ids"].shape[1]),
             "worker": f"{platform.node()}:{os.getpid()}",
+            "ran_on": placement_line(self.model),
         }
         peaks, self._peaks = self._peaks, {}
         rows = [shared | self._row(arm, item, outcomes[arm.name], dense) | peaks.get(arm.name, {}) for arm in self.arms]
@@ -205,12 +213,15 @@ class Bench:
         }
 
 
-def open_model(name: str) -> Any:
-    """A model by the name a user gives it, in eval mode, without transformers' bars of progress."""
+def open_model(name: str, loading: Mapping[str, Any]) -> Any:
+    """A model by the name a user gives it, in eval mode, without transformers' bars of progress.
+
+    loading: arguments of `load_model` that say where and how.
+    """
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return load_embedded() if name == EMBEDDED else load_model(name).eval()
+        return load_embedded(**loading) if name == EMBEDDED else load_model(name, **loading)
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -88,7 +88,7 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
     models = ", ".join(f"{name} ({what[:19]})" if what != name else name for name, what in summary["models"].items())
     return [
         count,
-        f"Model: {models}.",
+        f"Model: {models}. Run on {'; '.join(summary['ran_on']) or 'a device that was not recorded'}.",
         f"Task: {', '.join(f'{name} {_plain(value)}' for name, value in task.items())}; seed {summary['seed']}.",
         f"Differences are against {summary['baseline']}; p-values are McNemar's exact test with Holm's correction: "
         "*** p < 0.001, ** p < 0.01, * p < 0.05. Intervals are 95 %: Wilson for shares, paired bootstrap for differences.",

@@ -30,14 +30,16 @@ def compare(
     *,
     pictures: int = 2,
     ray: str | None = None,
+    gpus_per_worker: int = 1,
     tell: Tell = lambda done, asked: None,
 ) -> dict[str, Any]:
     """Run what `folder` does not hold yet, write the report, and return the summary.
 
     pictures: examples whose kept patches are drawn. ray: address of a Ray cluster to run on, `local` to start one.
-    tell: called with (units finished, units in all). A comparison that is broken off leaves a folder that `compare` goes on
-    with. Raises TokenReduceError where settings, data or an honesty check do not hold; NotFiredError after the report is
-    written, where an arm reduced nothing.
+    gpus_per_worker: that each worker on a cluster with GPUs reserves. tell: called with (units finished, units in all).
+    A comparison that is broken off leaves a folder that `compare` goes on with.
+    Raises TokenReduceError where settings, data or an honesty check do not hold; NotFiredError after the report is written,
+    where an arm reduced nothing.
     """
     task = settings.open_task()
     store = Store.create_or_resume(folder, settings.to_dict(task))
@@ -46,7 +48,7 @@ def compare(
         total, last = len(units) + len(store.finished), time.monotonic()
         tell(len(store.finished), total)
         try:
-            for done in _results(settings, task, units, pictures, ray):
+            for done in _results(settings, task, units, pictures, ray, gpus_per_worker):
                 if done.checks:
                     store.save_checks(done.unit[0], [check.to_dict() for check in done.checks])
                 if done.picture is not None:
@@ -68,11 +70,13 @@ def compare(
         store.close()
 
 
-def _results(settings: Settings, task: Task, units: Sequence[Unit], pictures: int, ray: str | None) -> Iterator[Done]:
+def _results(
+    settings: Settings, task: Task, units: Sequence[Unit], pictures: int, ray: str | None, gpus_per_worker: int
+) -> Iterator[Done]:
     if not units:
         return
     if ray is not None:
-        yield from run_on_ray(settings, units, pictures, ray)
+        yield from run_on_ray(settings, units, pictures, ray, gpus_per_worker)
         return
     worker = Worker(settings, task, pictures)
     for unit in units:

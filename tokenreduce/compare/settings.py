@@ -39,6 +39,8 @@ class Settings:
     """Keyword arguments of `open_task`."""
     sampling: Sampling = field(default_factory=Sampling)
     """Of frames from video files."""
+    loading: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `load_model`: device, dtype, attention."""
     new_tokens: int | None = None
     """Tokens of an answer at most; None: the task's own number."""
 
@@ -62,7 +64,7 @@ class Settings:
     def bench(self, model: str, task: Task) -> Bench:
         """The bench of one model."""
         arms = [arm for arm in self.arms if arm.model == model]
-        return Bench(model, arms, self.new_tokens or task.new_tokens, task.frame_times, self.sampling)
+        return Bench(model, arms, self.new_tokens or task.new_tokens, task.frame_times, self.sampling, self.loading)
 
     def to_dict(self, task: Task) -> dict[str, Any]:
         """Plain data; two comparisons whose data are equal may share a folder."""
@@ -74,6 +76,7 @@ class Settings:
             "baseline": self.baseline,
             "new_tokens": self.new_tokens or task.new_tokens,
             "sampling": vars(self.sampling),
+            "loading": {name: str(value) for name, value in self.loading.items()},
             "models": {model: fingerprint(model) for model in self.models},
             "arms": [arm.settings() for arm in self.arms],
         }

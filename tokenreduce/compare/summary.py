@@ -56,6 +56,7 @@ def summarise(store: Store, arms: Sequence[Arm]) -> dict[str, Any]:
     asked = settings["examples"]
     finished = min((entry["examples"] for entry in entries), default=0)
     return {
+        "ran_on": sorted({row["ran_on"] for row in store.rows if "ran_on" in row}),
         **{name: settings[name] for name in ("tokenreduce", "task", "seed", "baseline", "models", "new_tokens")},
         "examples": {"asked": asked, "finished": finished},
         "complete": finished >= asked,

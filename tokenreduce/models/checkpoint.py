@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tokenreduce.errors import CheckpointError
+from tokenreduce.models.placement import best_device
 
 Shapes = dict[str, tuple[int, ...]]
 """Shape of each tensor of a checkpoint or model, by its key."""
@@ -25,19 +26,28 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load. None leaves the choice to transformers."""
+    """How to load. None leaves the choice to transformers, and of the device to this machine."""
 
     dtype: torch.dtype | None = None
     """Of the weights; None: the one the checkpoint states."""
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2` …"""
     device_map: Any = None
-    """As in `from_pretrained`, which needs accelerate for it."""
+    """As in `from_pretrained`, which needs accelerate for it: `auto` spreads a model over all devices."""
+    device: torch.device | None = None
+    """One device for the whole model; None, without a `device_map`: the accelerator if there is one, else the CPU."""
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained`. Pickled weights and remote code are never allowed."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return {"use_safetensors": True, **given}
+        if self.device is not None and self.device_map is not None:
+            raise CheckpointError(f"device {self.device} and device_map {self.device_map}: give one of the two")
+        given = {"dtype": self.dtype, "attn_implementation": self.attn_implementation, "device_map": self.device_map}
+        device = self.device or best_device()
+        if self.device_map is None and device.type != "cpu":
+            given["device_map"] = {
+                "": str(device)
+            }  # Weights go there as they are read, not by way of the host's memory.
+        return {"use_safetensors": True, **{name: value for name, value in given.items() if value is not None}}
 
 
 def load_strict(

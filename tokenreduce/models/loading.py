@@ -23,6 +23,7 @@ from tokenreduce.models.checkpoint import LoadOptions, message_of, read_json, re
 from tokenreduce.models.family import Family
 from tokenreduce.models.llava_video.family import LlavaVideoFamily
 from tokenreduce.models.minicpm_v.family import MiniCPMVFamily
+from tokenreduce.models.placement import parse_device
 
 
 def families() -> tuple[Family, ...]:
@@ -41,6 +42,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    device: str | torch.device | None = None,
     device_map: Any = None,
 ) -> PreTrainedModel:
     """Load a model in eval mode from a folder, or by its hub name where the hub can be reached.
@@ -53,13 +55,14 @@ def load_model(
         path_or_id: checkpoint folder, or `organisation/name`.
         dtype: of the weights; by default the one the checkpoint states.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2` …; by default transformers' choice.
-        device_map: as in `from_pretrained`, for models larger than one device.
+        device: `cuda`, `cuda:1`, `mps`, `xpu` or `cpu`; by default the accelerator if there is one.
+        device_map: as in `from_pretrained`, for models larger than one device: `auto` spreads them.
 
     Raises:
         CheckpointError: no such folder or name, unreadable files, a tensor missing, left over, or of another shape.
         UnsupportedError: an architecture that neither tokenreduce nor the installed transformers knows.
     """
-    options = LoadOptions(dtype, attn_implementation, device_map)
+    options = LoadOptions(dtype, attn_implementation, device_map, None if device is None else parse_device(device))
     path = Path(path_or_id).expanduser()
     config = read_json(_config_file(path, str(path_or_id)))
     for family in families():

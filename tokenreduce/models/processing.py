@@ -12,6 +12,7 @@ from tokenreduce.errors import CheckpointError, UnsupportedError
 from tokenreduce.media.video import FPS, MAX_FRAMES, sample_indices
 from tokenreduce.models.checkpoint import message_of
 from tokenreduce.models.loading import family_of
+from tokenreduce.models.placement import input_device
 from tokenreduce.models.request import Video, VideoQuestion
 
 
@@ -75,7 +76,7 @@ def prepare(
         inputs = _prepare_with_transformers(model, request, processor)
     else:
         inputs = family.prepare(model, request, processor or family.processor(_folder(model)))
-    return inputs.to(model.device, dtype=model.dtype)
+    return inputs.to(input_device(model), dtype=model.dtype)
 
 
 def _folder(model: PreTrainedModel) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -108,13 +109,13 @@ def build_model(seed: int = 0) -> PreTrainedModel:
         return LlavaVideoForConditionalGeneration(build_config(build_tokenizer())).eval()  # type: ignore[no-any-return]
 
 
-def load_embedded() -> PreTrainedModel:
-    """The embedded model in eval mode, through `load_model`.
+def load_embedded(**placement: Any) -> PreTrainedModel:
+    """The embedded model in eval mode, through `load_model`. placement: `load_model`'s device, dtype and attention.
 
     `model.is_trained` is False where the package holds no weights (an untrained checkout); the weights are random then.
     """
     trained = (WEIGHTS / "model.safetensors").is_file()
-    model = load_model(WEIGHTS) if trained else build_model()
+    model = load_model(WEIGHTS, **placement) if trained else build_model()
     model.is_trained = trained
     if not trained:
         model.name_or_path = str(WEIGHTS)
