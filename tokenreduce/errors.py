@@ -42,7 +42,7 @@ class NotFiredError(TokenReduceError):
 
 
 class PluginError(TokenReduceError):
-    """Two plugins that claim one name, or a plugin that breaks its contract."""
+    """A plugin that is being used and fails, or breaks its contract."""
 
 
 class MediaError(TokenReduceError):
@@ -57,7 +57,9 @@ def asked(who: str, call: Callable[[], T]) -> T:
     """What `call`, the code of a plugin, returns. PluginError in one line where it raises; refusals of ours pass."""
     try:
         return call()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit(0) of a plugin would end the program as if all were well.
         line = one_line(error)
         if isinstance(error, TokenReduceError) and "\n" not in str(error):
             raise

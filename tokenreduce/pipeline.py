@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,8 @@ def _stage(value: Any) -> AnyStageConfig:
     if name is None:
         raise problem((), f"the field 'strategy' is missing; it names one of {', '.join(known)}", value)
     if not isinstance(name, str) or name not in known:
-        raise problem(("strategy",), f"unknown strategy {short(name)}{nearest(str(name), known)}", name)
+        why = plugins.why_left_out(name) if isinstance(name, str) else ""
+        raise problem(("strategy",), f"unknown strategy {short(name)}{why or nearest(str(name), known)}", name)
     cls = known[name]
     config = value
     if not isinstance(value, AnyStageConfig):
@@ -47,7 +49,9 @@ def _stage(value: Any) -> AnyStageConfig:
             config = cls.Config.model_validate_json(json.dumps(value), strict=True)
         except ValidationError:
             raise
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise problem((), f"{name}: a validator of its Config failed: {one_line(error)}", value) from None
     if not isinstance(config, cls.Config):
         raise problem((), f"expected {cls.__name__}.Config for strategy '{name}', got {type(config).__name__}", value)
@@ -132,7 +136,13 @@ class Pipeline(BaseModel):
         """YAML that `load_pipeline` takes for the same pipeline. Fields at their defaults are left out."""
         data = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         stages = [
-            {"strategy": stage.strategy, **stage.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
+            {
+                "strategy": stage.strategy,
+                **asked(
+                    f"strategy {stage.strategy}: its Config",
+                    partial(stage.model_dump, mode="json", by_alias=True, exclude_defaults=True),
+                ),
+            }
             for stage in self.stages
         ]
         return write_yaml({"name": self.name, **data, "stages": stages})
@@ -194,6 +204,12 @@ def _order(cls: plugins.AnyStrategy) -> int:
     return 2 if issubclass(cls, Strategy) else VISION_ORDER.index(cls.capabilities.sites[0])  # type: ignore[arg-type]
 
 
+def first_line(cls: type) -> str:
+    """The first line of a class's docstring, "" where it has none."""
+    text = cls.__doc__
+    return text.strip().partition("\n")[0] if isinstance(text, str) else ""
+
+
 def pipeline_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a pipeline, with the stages of every installed strategy."""
     schema = Pipeline.model_json_schema()
@@ -202,7 +218,7 @@ def pipeline_schema() -> dict[str, Any]:
     for name, cls in plugins.strategies().items():
         stage = cls.Config.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
         stage["title"] = name
-        stage["description"] = (cls.__doc__ or name).strip().splitlines()[0]
+        stage["description"] = first_line(cls) or name
         stage["required"] = ["strategy", *(field for field in stage.get("required", []) if field != "strategy")]
         sites = [{"type": "null"}, {"type": "string", "enum": list(cls.capabilities.sites)}]
         stage["properties"]["site"] = {**stage["properties"]["site"], "anyOf": sites}
@@ -225,7 +241,8 @@ def _open(source: str | Path | Mapping[str, Any]) -> Source:
         return _mapping(read_yaml(presets[source]))
     is_path = isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source or _exists(source)
     if not is_path:
-        raise PipelineError(f"no preset and no file is called {short(source)}{nearest(str(source), presets)}")
+        why = plugins.why_left_out(str(source))
+        raise PipelineError(f"no preset and no file is called {short(source)}{why or nearest(str(source), presets)}")
     return _mapping(read_yaml(Path(source)))
 
 

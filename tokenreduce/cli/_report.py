@@ -64,7 +64,7 @@ def write_folder(
 
 
 def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[MeasuredArm]) -> TokenLayout | None:
-    adapter = next((adapter for adapter in (cls() for cls in plugins.adapters()) if adapter.matches(model)), None)
+    adapter = plugins.adapter_of(model)
     if adapter is None or not reduced:
         return None
     prompt = Prompt.read(inputs["input_ids"], inputs)

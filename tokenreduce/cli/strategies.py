@@ -21,6 +21,7 @@ def strategies_command(
     Example:
       tokenreduce strategies --json
     """
+    from tokenreduce.pipeline import first_line
     from tokenreduce.plugins import offered_strategies
 
     found: list[dict[str, Any]] = [
@@ -29,7 +30,7 @@ def strategies_command(
             "origin": offer.origin,
             "sites": list(offer.item.capabilities.sites),
             "capabilities": _flags(offer.item.capabilities),
-            "description": (offer.item.__doc__ or "").strip().partition("\n")[0],
+            "description": first_line(offer.item),
         }
         for name, offer in offered_strategies().items()
     ]

@@ -129,12 +129,11 @@ def _kind(value: object) -> str:
 
 def adapter_for(model: nn.Module, explicit: bool) -> ModelAdapter:
     """The first adapter that matches, a third party's before ours; with an explicit layout any decoder will do."""
-    adapters = [cls() for cls in plugins.adapters()]
-    for adapter in adapters:
-        if adapter.matches(model):
-            return adapter
+    adapter = plugins.adapter_of(model)
+    if adapter is not None:
+        return adapter
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     raise UnsupportedError(
         f"no adapter for model type '{kind}'{'' if explicit else ' (nor an explicit layout)'}; supported families: "
-        f"{', '.join(sorted(adapter.name for adapter in adapters))}; docs/adapters.md shows how to write one"
+        f"{', '.join(plugins.offered_adapters())}; docs/adapters.md shows how to write one"
     )

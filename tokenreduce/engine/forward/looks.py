@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tokenreduce import plugins
 from tokenreduce.engine.forward.sequence import AttentionSource, TokenSequence
-from tokenreduce.errors import PluginError, TokenReduceError
 from tokenreduce.planning.schedule import StageRun
 from tokenreduce.plugin_checks import ask, checked
 from tokenreduce.strategy import Decision, Site
@@ -66,19 +65,13 @@ class Looks:
         self.unobserved.append(trace)
 
     def notify_observers(self) -> None:
-        """Tell the observers what was done since they were last told. PluginError where one of them fails."""
+        """Tell the observers what was done since they were last told."""
         if self.unobserved:
             events, self.unobserved = self.unobserved, []
             notify_observers(events)
 
 
 def notify_observers(events: Sequence[StageTrace]) -> None:
-    """Tell the observers. PluginError where one of them fails."""
+    """Tell the observers. One that fails is warned of by name and told no more; the forward goes on."""
     for event in events:
-        try:
-            plugins.manager().hook.tokenreduce_observe(event=event)
-        except TokenReduceError:
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise PluginError(f"an observer of stage {event.strategy} at {event.site} failed: {what}") from error
+        plugins.observe(event)
