@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint reproduce bench train-testbed clean
+.PHONY: demo test test-slow lint reproduce bench gpu-check train-testbed clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,7 @@ test: $(VENV)/.ready  ## the tests
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.ready  ## the tests and the long ones: thousands of random cases
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.ready  ## ruff, mypy, and the layering of the packages
 	$(BIN)/ruff check .
@@ -34,6 +34,9 @@ reproduce: $(VENV)/.ready  ## the paper's tables on the embedded model (under an
 
 bench: $(VENV)/.ready  ## benchmarks (about two hours; results in benchmarks/results and docs/benchmarks.md)
 	$(BIN)/python benchmarks/bench.py
+
+gpu-check: $(VENV)/.ready  ## tests and benches that need a GPU, within 20 minutes; SMALL=1 rehearses them on tiny shapes
+	$(BIN)/python benchmarks/gpu_check.py $(if $(SMALL),--small) --output gpu-check.json
 
 train-testbed: $(VENV)/.ready  ## train the embedded model anew (about an hour of one core, resumable)
 	$(BIN)/python -m lab.training.train
