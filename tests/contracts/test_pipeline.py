@@ -16,7 +16,7 @@ from tokenreduce.budget import Budget
 from tokenreduce.config.yaml_source import write_yaml
 from tokenreduce.errors import PipelineError
 from tokenreduce.pipeline import Pipeline, build, load_pipeline, pipeline_problems, pipeline_schema
-from tokenreduce.strategies.fastv import FastV
+from tokenreduce.strategies.prune.fastv import FastV
 
 VALID: dict[str, dict[str, Any]] = {
     "empty": {"name": "empty", "stages": []},

@@ -311,7 +311,7 @@ def test_an_error_inside_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_layers(subject, Counter())
     same(reduced(subject, "random"), expected)
     with monkeypatch.context() as patch:
-        patch.setattr("tokenreduce.strategies.random.RandomPrune.decide", lambda self, ctx: 1 / 0)
+        patch.setattr("tokenreduce.strategies.controls.random.RandomPrune.decide", lambda self, ctx: 1 / 0)
         with pytest.raises(PluginError, match=r"strategy random at layer.0..pre_attention failed: ZeroDivisionError"):
             reduced(subject, "random")
     assert hooks(subject) == 0

@@ -33,7 +33,7 @@ from tokenreduce.ops.bipartite import bipartite_target
 from tokenreduce.pipeline import build, build_vision, load_pipeline, pipeline_problems
 from tokenreduce.plugins import adapters
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategies.patch_merge import ROUND
+from tokenreduce.strategies.tower.patch_merge import ROUND
 from tokenreduce.strategy import Capabilities
 from tokenreduce.vision import BlockStageConfig, VisionContext, VisionStageConfig, VisionStrategy
 

@@ -1,16 +1,20 @@
-"""The strategies that come with tokenreduce, one per file, registered like a third party's."""
+"""The strategies that come with tokenreduce, one per file, registered like a third party's.
+
+Folders say what a method does to tokens: `prune` drops, `merge` averages, `cache` shortens what attention sees, `tower` acts in
+the vision tower, `controls` are what a method must beat.
+"""
 
 from __future__ import annotations
 
 from tokenreduce.hookspecs import hookimpl
-from tokenreduce.strategies.fastv import FastV
-from tokenreduce.strategies.frame_reuse import FrameReuse
-from tokenreduce.strategies.importance_prune import ImportancePrune
-from tokenreduce.strategies.patch_merge import PatchMerge
-from tokenreduce.strategies.random import RandomPrune
-from tokenreduce.strategies.similarity_merge import SimilarityMerge
-from tokenreduce.strategies.streaming_window import StreamingWindow
-from tokenreduce.strategies.uniform_frames import UniformFrames
+from tokenreduce.strategies.cache.streaming_window import StreamingWindow
+from tokenreduce.strategies.controls.random import RandomPrune
+from tokenreduce.strategies.controls.uniform_frames import UniformFrames
+from tokenreduce.strategies.merge.similarity_merge import SimilarityMerge
+from tokenreduce.strategies.prune.fastv import FastV
+from tokenreduce.strategies.prune.importance_prune import ImportancePrune
+from tokenreduce.strategies.tower.frame_reuse import FrameReuse
+from tokenreduce.strategies.tower.patch_merge import PatchMerge
 from tokenreduce.strategy import Strategy
 from tokenreduce.vision import VisionStrategy
 

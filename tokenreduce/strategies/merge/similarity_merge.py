@@ -11,7 +11,7 @@ from tokenreduce.ops.carry import Carry
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot, within_span
 from tokenreduce.ops.topk import top_mask
 from tokenreduce.reduction import Weighting
-from tokenreduce.strategies.similarity_config import SimilarityConfig
+from tokenreduce.strategies.merge.similarity_config import SimilarityConfig
 from tokenreduce.strategy import (
     Capabilities,
     CountView,

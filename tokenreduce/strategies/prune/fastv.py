@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tokenreduce.strategies.importance_prune import Importance, ImportanceConfig, ImportancePrune
+from tokenreduce.strategies.prune.importance_prune import Importance, ImportanceConfig, ImportancePrune
 from tokenreduce.strategy import Capabilities, Layer
 
 

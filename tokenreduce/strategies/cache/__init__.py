@@ -1,0 +1,1 @@
+"""Stages that shorten what attention sees, not the hidden states."""

@@ -1,0 +1,1 @@
+"""Stages at the decoder's input or inside it that drop tokens."""

@@ -1,0 +1,1 @@
+"""Stages inside the vision tower."""
