@@ -53,7 +53,7 @@ class CheckpointError(TokenReduceError):
     """A checkpoint folder whose tensors do not map one to one onto the model."""
 
 
-def asked(who: str, call: Callable[[], T]) -> T:
+def call_plugin(who: str, call: Callable[[], T]) -> T:
     """What `call`, the code of a plugin, returns. PluginError in one line where it raises; refusals of ours pass."""
     try:
         return call()

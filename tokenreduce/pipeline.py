@@ -15,7 +15,7 @@ from tokenreduce import plugins
 from tokenreduce.budget import Budget
 from tokenreduce.config.problems import KnownFields, describe, problem
 from tokenreduce.config.yaml_source import MAX_DEPTH, MAX_NODES, Loc, Source, is_text, read_yaml, short, write_yaml
-from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, asked, nearest, one_line
+from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, call_plugin, nearest, one_line
 from tokenreduce.layout import MarkerPolicy
 from tokenreduce.strategy import VISION_ORDER, AnyStageConfig, Strategy
 from tokenreduce.vision import VisionStrategy
@@ -138,7 +138,7 @@ class Pipeline(BaseModel):
         stages = [
             {
                 "strategy": stage.strategy,
-                **asked(
+                **call_plugin(
                     f"strategy {stage.strategy}: its Config",
                     partial(stage.model_dump, mode="json", by_alias=True, exclude_defaults=True),
                 ),
@@ -196,7 +196,7 @@ def _built(pipeline: Pipeline) -> list[Strategy | VisionStrategy]:
 
 
 def _made(cls: plugins.AnyStrategy, config: AnyStageConfig) -> Strategy | VisionStrategy:
-    return asked(f"strategy {cls.name}: its constructor", lambda: cls(config))  # type: ignore[arg-type]
+    return call_plugin(f"strategy {cls.name}: its constructor", lambda: cls(config))  # type: ignore[arg-type]
 
 
 def _order(cls: plugins.AnyStrategy) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.config.yaml_source import short
-from tokenreduce.errors import LayoutError, PluginError, asked
+from tokenreduce.errors import LayoutError, PluginError, call_plugin
 from tokenreduce.ops.carry import Carry
 from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import (
@@ -51,11 +51,11 @@ def lent(hidden: Tensor) -> Tensor:
         return alias.set_(hidden.untyped_storage(), hidden.storage_offset(), hidden.size(), hidden.stride())
 
 
-def ask(who: str, decide: Callable[[Any], T], ctx: StageContext | VisionContext) -> T:
+def decide_with(who: str, decide: Callable[[Any], T], ctx: StageContext | VisionContext) -> T:
     """What `decide` says of `ctx`, whose hidden states are `lent`. PluginError if it raises, or writes to them."""
     hidden = ctx.hidden
     version = hidden._version
-    answer = asked(who, lambda: decide(ctx))
+    answer = call_plugin(who, lambda: decide(ctx))
     if hidden._version != version:
         raise PluginError(
             f"{who} changed ctx.hidden in place, which is the model's own and may be the caller's; work on ctx.hidden.clone()"
@@ -66,7 +66,7 @@ def ask(who: str, decide: Callable[[Any], T], ctx: StageContext | VisionContext)
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-def checked(who: str, site: Site, answer: Any) -> Decision:
+def as_decision(who: str, site: Site, answer: Any) -> Decision:
     """The Decision that a strategy's answer stands for. Its reduction is held to the tokens by `check_reduction`."""
     decision = Decision(answer) if answer is None or isinstance(answer, Reduction) else answer
     if not isinstance(decision, Decision):
@@ -156,7 +156,7 @@ def _growing(
 ) -> list[S]:
     """The schedule of `strategy`, if it is one. order: the layer or block of a site, and its place there."""
     who = f"strategy {strategy.name}: its schedule"
-    sites: Any = asked(who, lambda: strategy.schedule(depth))
+    sites: Any = call_plugin(who, lambda: strategy.schedule(depth))
     whole = isinstance(sites, (list, tuple)) and len(sites) > 0 and all(isinstance(site, kind) for site in sites)
     if not whole:
         raise PluginError(f"{who} must be a list of at least one {kind.__name__}, got {_short(sites)}")
@@ -181,7 +181,7 @@ def flag(strategy: Strategy, name: str) -> bool:
         found = getattr(strategy, name)
         return found() if callable(found) else found
 
-    said = asked(who, value)
+    said = call_plugin(who, value)
     if not isinstance(said, bool):
         raise PluginError(f"{who} must be True or False, got {_short(said)}")
     return said
@@ -190,7 +190,7 @@ def flag(strategy: Strategy, name: str) -> bool:
 def carry_of(strategy: Strategy, depth: int) -> Carry | None:
     """What `strategy` remembers between the chunks of a stream."""
     who = f"strategy {strategy.name}: its carry"
-    carry: Any = asked(who, lambda: strategy.carry(depth))
+    carry: Any = call_plugin(who, lambda: strategy.carry(depth))
     if carry is not None and not isinstance(carry, Carry):
         raise PluginError(f"{who} must be a Carry or None, got {_short(carry)}")
     return carry
@@ -199,7 +199,7 @@ def carry_of(strategy: Strategy, depth: int) -> Carry | None:
 def outcome_of(strategy: Strategy, view: CountView) -> Outcome:
     """The forecast of `strategy`. At `kv` sites it may name more tokens than there are: a span does."""
     who = f"strategy {strategy.name} at {view.site}: its forecast"
-    outcome: Any = asked(who, lambda: strategy.forecast(view))
+    outcome: Any = call_plugin(who, lambda: strategy.forecast(view))
     if not isinstance(outcome, Outcome):
         raise PluginError(f"{who} must be an Outcome, got {_short(outcome)}")
     most = LONGEST_SPAN if view.site.kind == "kv" else view.reducible_count

@@ -28,7 +28,7 @@ from torch import nn
 
 from tokenreduce import hookspecs
 from tokenreduce.adapter import FfnPair, ModelAdapter, VisionTower
-from tokenreduce.errors import PluginError, asked, one_line
+from tokenreduce.errors import PluginError, call_plugin, one_line
 from tokenreduce.hookspecs import PROJECT
 from tokenreduce.layout import TokenLayout
 from tokenreduce.strategy import SITE_ORDER, VISION_ORDER, Capabilities, StageConfig, Strategy
@@ -201,7 +201,7 @@ def _guarded(adapter: ModelAdapter, origin: str) -> ModelAdapter:
         who = f"plugin '{origin}': adapter {adapter.name}: {name}()"
 
         def guarded(*arguments: Any) -> Any:
-            answer = asked(who, lambda: method(*arguments))
+            answer = call_plugin(who, lambda: method(*arguments))
             if not (isinstance(answer, kind) or (optional and answer is None)):
                 raise PluginError(f"{who} returned a {type(answer).__name__}, not a {kind.__name__}")
             return answer

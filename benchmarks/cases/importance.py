@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tokenreduce as tr
+from tokenreduce.engine.forward.looks import Looks
 from tokenreduce.engine.forward.state import Forward
 from tokenreduce.engine.model.hooks import Hook
 from tokenreduce.ops.attention import importance
@@ -163,7 +164,7 @@ def _clocks(spent: Counter[str]) -> Iterator[None]:
     with (
         patch.object(Hook, "__call__", timed("hooks", Hook.__call__)),
         patch.object(Forward, "attend", timed("tap", tapped)),
-        patch.object(Forward, "decide", timed("strategies", Forward.decide)),
+        patch.object(Looks, "ask", timed("strategies", Looks.ask)),
         patch.object(Forward, "importance", timed("importance", Forward.importance)),
     ):
         yield

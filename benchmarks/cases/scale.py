@@ -179,7 +179,7 @@ def prefill(arm: str, frames: int) -> Row:
                 stream.feed(x[:, :14])
                 for clip in x[0, 14 : 14 + frames * SLOTS].view(frames, SLOTS, -1).split(FRAMES_FED):
                     stream.feed_frames(clip)
-                    held = max(held, stream.held)
+                    held = max(held, stream.waiting)
                 out, trace = stream.finish(x[:, 14 + frames * SLOTS :], logits_to_keep=1), stream.trace
         seconds = time.perf_counter() - started
     return {

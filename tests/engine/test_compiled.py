@@ -39,7 +39,7 @@ class Counter:
 
     def attentions(self) -> list[int]:
         """How many layers' attention each graph has."""
-        return self.calls("scaled_dot_product_attention", "tokenreduce.attend")
+        return self.calls("scaled_dot_product_attention", "tokenreduce.reduced_attention")
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ class Yielding:
 def test_a_thread_that_ends_does_not_take_the_hooks_from_one_that_begins() -> None:
     model = tiny_model(num_hidden_layers=2)
     with tr.reduce(model, "random", budget=0.8, layout=layout()) as run:
-        run._ongoing.lock = Yielding()  # type: ignore[assignment]
+        run._active.lock = Yielding()  # type: ignore[assignment]
         expected = [logits(model, prompt(seed)) for seed in range(THREADS)]
         got = at_once(lambda thread: [logits(model, prompt(thread)) for _ in range(40)])
     for thread in range(THREADS):
@@ -102,12 +102,12 @@ def test_a_hook_of_a_layer_called_for_nothing() -> None:
     """Another thread may take the hooks off between torch's looking at them and calling them: then without keywords."""
     model = tiny_model()
     with tr.reduce(model, "framefusion", budget=0.8, layout=layout()) as run:
-        run._ongoing.layer_hooks.install()
+        run._active.layer_hooks.install()
         for layer in model.model.layers:
             for module in (layer, layer.post_attention_layernorm):
                 hook = list(module._forward_pre_hooks.values())[-1]
                 assert hook(module, (torch.zeros(1, 1, 32),)) is None
-        run._ongoing.layer_hooks.remove()
+        run._active.layer_hooks.remove()
 
 
 def test_threads_with_prompts_of_different_length_and_text() -> None:

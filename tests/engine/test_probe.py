@@ -17,7 +17,7 @@ from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache.layers import running
 from tokenreduce.engine.model import tap
 from tokenreduce.engine.model.host import Host
-from tokenreduce.engine.model.probe import probe
+from tokenreduce.engine.model.probe import prove_decoder
 from tokenreduce.errors import UnsupportedError
 
 
@@ -31,7 +31,7 @@ def prove(model: Any, pairs: dict[int, FfnPair] | None = None) -> None:
     pairs = host.pairs(list(range(len(host.layers)))) if pairs is None else pairs
     model.config._attn_implementation_internal = tap.tapped(host.implementation)
     try:
-        probe(host.text, host.family, host.layers, pairs, host.modules)
+        prove_decoder(host.text, host.family, host.layers, pairs, host.modules)
     finally:
         model.config._attn_implementation_internal = host.implementation
 

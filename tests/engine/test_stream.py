@@ -62,7 +62,7 @@ def check_stream(row: Any, kind: str, plan: Any, look: tuple[str, int], data: st
         near(torch.cat(seen, 1), one)
         same_trace(trace, stream.trace)
         assert stream.trace.flops == counter.get_total_flops()
-        assert (stream.seen, stream.held) == (x.shape[1], 0)
+        assert (stream.seen, stream.waiting) == (x.shape[1], 0)
         for ours, theirs in zip(stream.cache.layers, cache.layers, strict=True):
             assert ours.get_seq_length() == theirs.get_seq_length() == x.shape[1]
             near(ours.keys, theirs.keys)
@@ -197,7 +197,9 @@ def test_text_alone_is_dense() -> None:
     model, x = decoder(3, 32), embeddings(tr.TokenLayout.text(1, 20), 32, "noise")
     with tr.stream(model, pipeline(MERGE, WINDOW | {"window": 2}), width=6) as stream, states(model) as seen:
         stream.feed(x[:, :15])
-        assert stream.held == 15
+        assert stream.waiting == 15
+        with pytest.warns(DeprecationWarning, match=r"Stream.held is deprecated: read Stream.waiting"):
+            assert stream.held == 15
         stream.finish(x[:, 15:])
         with pytest.raises(AttachError, match="no forward with vision tokens has run"):
             _ = stream.trace
@@ -218,7 +220,7 @@ def test_max_run_bounds_what_is_held() -> None:
             held = []
             for frame in x[0, 2:].split(5):
                 stream.feed_frames(frame[None])
-                held.append(stream.held)
+                held.append(stream.waiting)
             stream.finish()
             most[max_run] = max(held)
             assert len(stream.trace.kept[0]) == 2 + 4 * frames + (frames // max_run if max_run else 1)

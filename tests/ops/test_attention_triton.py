@@ -56,13 +56,13 @@ def test_without_a_kernel_plain_torch_is_used(monkeypatch: pytest.MonkeyPatch) -
     """Not installed, not for this type or width, or failing: then with a warning."""
     calls = []
 
-    def column_sums(*arguments: Any) -> torch.Tensor:
+    def gpu_column_sums(*arguments: Any) -> torch.Tensor:
         calls.append(arguments)
         if len(calls) > 1:
             raise RuntimeError("out of resources")
         return torch.ones(2, 5)
 
-    kernels = SimpleNamespace(DTYPES=(torch.float32,), MAX_WIDTH=16, column_sums=column_sums)
+    kernels = SimpleNamespace(DTYPES=(torch.float32,), MAX_WIDTH=16, gpu_column_sums=gpu_column_sums)
     q, k = torch.randn(2, 5, 8), torch.randn(1, 5, 8)
     monkeypatch.setattr(attention_ops, "_kernels", lambda: None)
     assert attention_ops._gpu_sums(q, k, 1.0, 5) is None

@@ -25,7 +25,7 @@ def interpret() -> None:
     import torch
 
     from tokenreduce.ops.attention import column_sums as plain
-    from tokenreduce.ops.attention_triton import column_sums
+    from tokenreduce.ops.attention_triton import gpu_column_sums
 
     for heads, groups, n, m, width, name in CASES:
         torch.manual_seed(m)
@@ -34,7 +34,7 @@ def interpret() -> None:
         q = torch.randn(n, heads, width).to(dtype).transpose(0, 1)
         k = torch.randn(m, groups, width).to(dtype).transpose(0, 1)
         for queries in sorted({1, min(32, n), n}):
-            got, expected = column_sums(q, k, 0.3, queries), plain(q.double(), k.double(), 0.3, queries)
+            got, expected = gpu_column_sums(q, k, 0.3, queries), plain(q.double(), k.double(), 0.3, queries)
             error = float((got.double() - expected).abs().max())
             print(json.dumps([heads, groups, n, m, width, name, queries, str(got.dtype), list(got.shape), error]))
 

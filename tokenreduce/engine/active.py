@@ -9,14 +9,14 @@ from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache.layers import running
 from tokenreduce.engine.compiled.layer_hooks import TracedHooks
 from tokenreduce.engine.compiled.state import CompiledForward
-from tokenreduce.engine.forward.decode_step import Step
+from tokenreduce.engine.forward.decode_step import DecodeStep
 from tokenreduce.engine.forward.layer_hooks import LayerHooks
 from tokenreduce.engine.forward.state import Forward
 from tokenreduce.engine.model.gate import Gate
 from tokenreduce.engine.model.host import Host
 
 
-class Ongoing:
+class ActiveForwards:
     """At most one forward in each thread. The layers' hooks are on while one of them needs them.
 
     gate: where they begin. closed: whether the pipeline has been taken off.
@@ -27,20 +27,20 @@ class Ongoing:
         self._beginning = set[int]()
         self.layer_hooks = LayerHooks(host.layers, pairs, self.reducing, host.family)
         self.traced_hooks = TracedHooks(host.layers, pairs)
-        self._forwards: dict[int, Forward | Step] = {}
+        self._forwards: dict[int, Forward | DecodeStep] = {}
 
-    def here(self) -> Forward | Step | None:
+    def current(self) -> Forward | DecodeStep | None:
         """The one of this thread. At nearly every token there is none in any."""
         return self._forwards.get(threading.get_ident()) if self._forwards else None
 
     def reducing(self) -> Forward | None:
         """The one of this thread, if the hooks of uncompiled layers are for it."""
-        forward = self.here()
+        forward = self.current()
         if not isinstance(forward, Forward) or isinstance(forward, CompiledForward):
             return None
         return forward if forward.sequences else None
 
-    def within(self, thread: int) -> bool:
+    def is_active(self, thread: int) -> bool:
         """Whether one begins or goes on in `thread`, or was broken off there."""
         return thread in self._beginning or thread in self._forwards
 
@@ -57,7 +57,7 @@ class Ongoing:
         """What had to be done before the decoder is done."""
         self._beginning.discard(threading.get_ident())
 
-    def start(self, forward: Forward | Step) -> None:
+    def start(self, forward: Forward | DecodeStep) -> None:
         """`forward` begins in this thread. In one step, so that a thread that ends here cannot take the hooks off in between."""
         with self.lock:
             self._forwards[threading.get_ident()] = forward
@@ -65,7 +65,7 @@ class Ongoing:
                 (self.traced_hooks if isinstance(forward, CompiledForward) else self.layer_hooks).install()
         forward.outer, running.forward = running.forward, forward
 
-    def release(self) -> Forward | Step:
+    def end(self) -> Forward | DecodeStep:
         """The one of this thread has ended, or was broken off."""
         with self.lock:
             forward = self._forwards.pop(threading.get_ident())

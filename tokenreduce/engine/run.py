@@ -9,14 +9,14 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from tokenreduce.adapter import ModelAdapter, Prompt
-from tokenreduce.engine.active import Ongoing
+from tokenreduce.engine.active import ActiveForwards
 from tokenreduce.engine.cache.adopt import adopt, forget_plans, refuse_cache, token_layers
 from tokenreduce.engine.cache.layers import KvPlan, TokenLayer
 from tokenreduce.engine.compiled.state import CompiledForward
 from tokenreduce.engine.forward import call as calls
 from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.call import Call
-from tokenreduce.engine.forward.decode_step import Step, any_reduced, continued
+from tokenreduce.engine.forward.decode_step import DecodeStep, any_reduced, cache_of_decode_step
 from tokenreduce.engine.forward.receipt import receipt
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.forward.state import Forward
@@ -46,12 +46,12 @@ from tokenreduce.trace import Trace
 class _Local(threading.local):
     """What a thread keeps between the hooks of one call. Read at every token: class attributes spare it the question.
 
-    trace: of its last prefill. asked: the token ids and arguments of the call around the decoder. await_head: whether the
+    trace: of its last prefill. prompt_call: the token ids and arguments of the call around the decoder. await_head: whether the
     head's output belongs to `trace`. refused: whether a call within a forward was, whose end is not that forward's.
     """
 
     trace: Trace | None = None
-    asked: tuple[Tensor, dict[str, Any]] | None = None
+    prompt_call: tuple[Tensor, dict[str, Any]] | None = None
     await_head = False
     refused = False
 
@@ -119,22 +119,22 @@ class Run:
             return
         if self._works(threading.get_ident()) and (in_compiled_call() or any(map(calls_of, self._modules()))):
             raise AttachError(f"pipeline {self.pipeline.name} cannot be detached within a forward of its own model")
-        self._ongoing.gate.set(shut=True)
+        self._active.gate.set(shut=True)
         try:
             wait_until(self._take_off, self.pipeline.name)
         finally:
-            self._ongoing.gate.set(shut=False)
-        self._local.asked = None
+            self._active.gate.set(shut=False)
+        self._local.prompt_call = None
 
     def _take_off(self) -> bool:
         """Whether no other thread works, so that all could be undone."""
         modules = self._modules()
-        with self._ongoing.lock:
+        with self._active.lock:
             if any_other(lambda thread: self._works(thread) and working(thread, modules)):
                 return False
-            self._ongoing.close()
+            self._active.close()
             self._tower.remove()
-            self.host.give_back()
+            self.host.uninstall()
             text = self.host.decoder()
             if text is not None:
                 attached.pop(text, None)
@@ -143,7 +143,7 @@ class Run:
 
     def _works(self, thread: int) -> bool:
         """Whether a forward has begun in `thread` of which no end was seen."""
-        return self._ongoing.within(thread) or thread in self._tower.busy
+        return self._active.is_active(thread) or thread in self._tower.busy
 
     def _modules(self) -> list[nn.Module]:
         """What runs while a forward goes on."""
@@ -184,8 +184,8 @@ class Run:
         sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
-        self._ongoing = Ongoing(host, pairs, self._tower.gate)
-        host.take(self, pairs)
+        self._active = ActiveForwards(host, pairs, self._tower.gate)
+        host.install(self, pairs)
         self.shape = host.shape  # As it was measured.
         if self._layout is not None:
             try:
@@ -193,7 +193,7 @@ class Run:
                 rows = [(int(row.sum()), int(row.int().argmax())) for row in reducible if row.any()]
                 check_rows(self.strategies, reducible.shape[1], rows, self._account)
             except BaseException:
-                host.give_back()
+                host.uninstall()
                 raise
         self._tower.install()
         attached[host.text] = self
@@ -216,9 +216,9 @@ class Run:
         kwargs = calls.named(module, args, kwargs)
         ids = kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            self._local.asked = ids, kwargs
+            self._local.prompt_call = ids, kwargs
         elif outermost:
-            self._local.asked = None  # Left by a call that failed before it came to the decoder.
+            self._local.prompt_call = None  # Left by a call that failed before it came to the decoder.
         if self.vision:
             self._tower.expect(ids, kwargs, outermost)
         refuse_outputs(self.host.family, self.host.config, kwargs)
@@ -227,33 +227,33 @@ class Run:
 
     def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the decoder: refuse what must be refused, and start the state of this forward."""
-        if not self._ongoing.enter():
+        if not self._active.enter():
             return None
         try:
             changed = self._begin(text, calls.named(text, args, kwargs))
         finally:
-            self._ongoing.entered()
+            self._active.entered()
         return None if changed is None else ((), changed)
 
     def _begin(self, text: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments with which the decoder is to run, None for those that it was given."""
         local = self._local
-        asked, local.asked, local.await_head = local.asked, None, False
+        prompt_call, local.prompt_call, local.await_head = local.prompt_call, None, False
         self._ready(kwargs)
         forget_plans(kwargs.get("past_key_values"))
-        held = continued(kwargs, self._layout)
-        if held is not None:  # A step of decoding: what is cheap is asked first.
-            if not any_reduced(held):
+        layers = cache_of_decode_step(kwargs, self._layout)
+        if layers is not None:  # A step of decoding: what is cheap is asked first.
+            if not any_reduced(layers):
                 return None
-            if Step.serves(kwargs.get("attention_mask"), self.host.implementation, self.host.config, held):
-                self._ongoing.start(Step(held))
+            if DecodeStep.applies(kwargs.get("attention_mask"), self.host.implementation, self.host.config, layers):
+                self._active.start(DecodeStep(layers))
                 return {**kwargs, "attention_mask": None}
-        call = Call.read(kwargs, None if asked is None else Prompt.read(*asked))
+        call = Call.read(kwargs, None if prompt_call is None else Prompt.read(*prompt_call))
         layout = self._find_layout(call)
         if layout is None:
             self._begin_text(call)
             return None
-        told = self._tower.take()
+        events = self._tower.take_events()
         if call.cache is not None:
             refuse_cache(call.cache)
         refuse_call(self.host.family, self.host.config, call)
@@ -274,12 +274,12 @@ class Run:
             kwargs = {**kwargs, "past_key_values": cache}
         layers = [] if cache is None else adopt(cache, len(self.host.layers), call.valid_past)
         forward = self._forward(call, sequences, layers, calls.deepstack(self.adapter.deepstack, kwargs))
-        forward.looks.traces += told
-        self._ongoing.start(forward)
+        forward.looks.traces += events
+        self._active.start(forward)
         return kwargs
 
     def _ready(self, kwargs: dict[str, Any]) -> None:
-        if self._ongoing.here() is not None:
+        if self._active.current() is not None:
             if calls_of(self.host.text) > 1:
                 self._local.refused = True
                 raise UnsupportedError(
@@ -294,7 +294,7 @@ class Run:
 
     def _undo_broken(self, kwargs: dict[str, Any]) -> None:
         """The last forward of this thread was broken off by Ctrl-C, of which torch tells no hook."""
-        broken = self._ongoing.release()
+        broken = self._active.end()
         changed, cache = broken.undo(), token_layers(kwargs.get("past_key_values"))
         if changed and any(map(broken.holds, cache)):
             raise UnsupportedError(
@@ -306,16 +306,16 @@ class Run:
         """A forward without vision tokens: dense, unless the cache that it goes on with has been reduced."""
         if self._layout is not None and call.width - call.draft == self._layout.shape[1]:
             self._fresh = False  # A layout of text alone was this call's.
-        held = token_layers(call.cache)
-        if any_reduced(held):
+        layers = token_layers(call.cache)
+        if any_reduced(layers):
             refuse_call(self.host.family, self.host.config, call)
-            if call.valid is not None and any(layer.position is not None for layer in held):
+            if call.valid is not None and any(layer.position is not None for layer in layers):
                 raise UnsupportedError(
                     f"{self.host.family}: stages at `kv` sites do not support padding in a later turn"
                 )
-            self._ongoing.start(self._forward(call, [], held, []))
-        if held and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
-            for layer in held:
+            self._active.start(self._forward(call, [], layers, []))
+        if layers and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
+            for layer in layers:
                 layer.plan = KvPlan(call.width, call.valid)
 
     def _find_layout(self, call: Call) -> TokenLayout | None:
@@ -351,11 +351,11 @@ class Run:
             return
         if output is None:  # The forward raised, and the hook is called all the same.
             forget_plans(calls.named(module, args, kwargs).get("past_key_values"))
-        forward = self._ongoing.here()
+        forward = self._active.current()
         if forward is None:
             return
-        self._ongoing.release()
-        if isinstance(forward, Step):
+        self._active.end()
+        if isinstance(forward, DecodeStep):
             return
         if output is None:
             forward.undo()
@@ -382,7 +382,7 @@ class Run:
             cost.head_flops(self.shape, 1) if self.host.has_head else 0,
         )
         check_spent(self.pipeline.name, self.budget, forward.sequences)
-        self._local.trace = self._last = self.host.told(trace)
+        self._local.trace = self._last = self.host.corrected(trace)
         self._local.await_head = True
 
     def note_head(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -100,7 +100,7 @@ def _gpu_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor | None
     if kernels is None or q.dtype not in kernels.DTYPES or q.shape[-1] > kernels.MAX_WIDTH:
         return None
     try:
-        return kernels.column_sums(q, k, scale, queries)  # type: ignore[no-any-return]
+        return kernels.gpu_column_sums(q, k, scale, queries)  # type: ignore[no-any-return]
     except Exception as error:
         warnings.warn(f"importance is computed in plain torch: its GPU kernel failed: {error!r}", stacklevel=2)
         return None

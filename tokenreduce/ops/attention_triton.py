@@ -89,7 +89,7 @@ def _column_kernel(
     tl.store(sums + head * m + columns, received, mask=columns < m)
 
 
-def column_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor:
+def gpu_column_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor:
     """(H, m) float32: `attention.column_sums` for q (H, n, d) and k (G, m, d) of one of DTYPES, d ≤ MAX_WIDTH."""
     heads, n, width = q.shape
     groups, m, _ = k.shape

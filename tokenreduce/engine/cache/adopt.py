@@ -63,7 +63,7 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
                 raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
             layer.lazy_initialization(old.keys, old.values)
             layer.keys, layer.values = old.keys, old.values
-            layer.real = valid
+            layer.not_padding = valid
         layers.append(layer)
     cache.layers[:] = layers
     return layers

@@ -77,27 +77,40 @@ class KvPlan:
 
 
 class TokenLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values (B, G, held, d) of the tokens that one decoder layer holds.
-
-    number: of the decoder layer. gone: how many fewer it holds than transformers believes. reduced: whether it holds others
-    than transformers believes. real: (B, at most held) bool, False on padding, None if none is; what it does not reach is none,
-    so that decoding need not touch it. position: (B, held) long, place of each token in its sequence, kept only where a span or
-    a merge at a `kv` site needs it, and with it end: (B,) long, the place of the next token; span: (B, 2) long, the
-    sinks and the window that later queries see. plan: what the engine says about the next update. shed, broken: see `Before`.
-    """
+    """The tokens that one decoder layer holds in the KV cache."""
 
     keys: Tensor
+    """(B, G, held, d)."""
     values: Tensor
+    """(B, G, held, d), whose last axis may be of another length than that of the keys."""
+    number: int
+    """Of the decoder layer, counted from 0."""
+    gone: int
+    """How many fewer tokens it holds than transformers believes."""
+    reduced: bool
+    """It holds other tokens than transformers believes."""
+    not_padding: Tensor | None
+    """(B, at most held) bool, False on padding; None if none is. Columns beyond it are no padding: decoding need not touch it."""
+    position: Tensor | None
+    """(B, held) long, place of each token in its sequence; kept only where a span or a merge at a `kv` site needs it."""
+    end: Tensor | None
+    """(B,) long, place of the next token; kept with `position`."""
+    span: Tensor | None
+    """(B, 2) long, the sinks and the window that later queries see; None if they see everything."""
+    plan: KvPlan | None
+    """What the engine says about the next update."""
+    seen: tuple[Tensor | None, Tensor | None]
+    """(B, k) long positions and (B, k) bool validity of the keys of the last update, which attention then goes by."""
+    shed: bool
+    """A span has dropped tokens since the forward began: they cannot be had back."""
+    broken: bool
+    """A forward that failed has dropped earlier tokens: no forward may go on with it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number, self.gone, self.reduced = number, 0, False
-        self.real: Tensor | None = None
-        self.position: Tensor | None = None
-        self.end: Tensor | None = None
-        self.span: Tensor | None = None
-        self.plan: KvPlan | None = None
-        self.seen: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.not_padding = self.position = self.end = self.span = self.plan = None
+        self.seen = None, None
         self.shed = self.broken = False
 
     @property
@@ -113,7 +126,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def valid(self) -> Tensor | None:
         """(B, held) bool, False on padding; None if none is."""
-        return None if self.real is None else lengthened(self.real, self.held)
+        return None if self.not_padding is None else lengthened(self.not_padding, self.held)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; `plan` may say which of the new tokens are valid and what to hold of them."""
@@ -142,7 +155,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
                 position = end[:, None] + torch.arange(new, device=device)
             self.position, self.end = torch.cat([past, position], 1), end + new if plan.end is None else plan.end
         if valid is not None:
-            self.real = _joined(self.real, held, valid, {} if forward is None else forward.joined)
+            self.not_padding = _joined(self.not_padding, held, valid, {} if forward is None else forward.joined)
         keys, values = super().update(key_states, value_states)
         by_position = self.position is not None and not plan.whole
         self.seen = (self.position, self.valid) if by_position else (None, None)
@@ -197,9 +210,9 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
             return
         self.shed = True
         index = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.held - longest :]
-        self.real = None
+        self.not_padding = None
         if bool((counts != longest).any()):
-            self.real = torch.arange(longest, device=index.device) >= (longest - counts)[:, None]
+            self.not_padding = torch.arange(longest, device=index.device) >= (longest - counts)[:, None]
         self.position = self.position.gather(1, index)
         spread = index[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys = self.keys.gather(2, spread)
@@ -218,7 +231,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         """Forget everything."""
         super().reset()
         self.gone, self.reduced, self.broken = 0, False, False
-        self.real = self.position = self.end = self.span = self.plan = None
+        self.not_padding = self.position = self.end = self.span = self.plan = None
         self.seen = (None, None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -244,7 +257,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self._each(lambda t: t[indices], rows=True)
 
     def _each(self, change: Any, rows: bool = False) -> None:
-        self.real = None if self.real is None else change(self.real)
+        self.not_padding = None if self.not_padding is None else change(self.not_padding)
         self.position = None if self.position is None else change(self.position)
         if rows:
             self.end = None if self.end is None else change(self.end)
@@ -259,23 +272,24 @@ def tokens_before(layer: TokenLayer | None, rows: int, device: torch.device) -> 
     return layer.places(rows, device)[1]
 
 
-def lengthened(real: Tensor, count: int) -> Tensor:
-    """`real` (B, n) bool with as many more columns of True as make it `count` columns."""
-    return real if real.shape[1] == count else torch.nn.functional.pad(real, (0, count - real.shape[1]), value=True)
+def lengthened(not_padding: Tensor, count: int) -> Tensor:
+    """`not_padding` (B, n) bool with as many more columns of True as make it `count` columns."""
+    missing = count - not_padding.shape[1]
+    return torch.nn.functional.pad(not_padding, (0, missing), value=True) if missing else not_padding
 
 
-def _joined(real: Tensor | None, held: int, fresh: Tensor, known: Joined) -> Tensor:
-    """(B, held + n) bool: `real`, lengthened to `held` columns, and then `fresh` (B, n).
+def _joined(not_padding: Tensor | None, held: int, fresh: Tensor, known: Joined) -> Tensor:
+    """(B, held + n) bool: `not_padding`, lengthened to `held` columns, and then `fresh` (B, n).
 
     known: what has been joined in this forward. Layers of one stage share the very tensor, and with it the mask made of it.
     """
     if not held:
         return fresh
-    key = (id(real), held, id(fresh))
+    key = (id(not_padding), held, id(fresh))
     if key not in known:
-        old = fresh.new_ones(len(fresh), held) if real is None else lengthened(real, held)
+        old = fresh.new_ones(len(fresh), held) if not_padding is None else lengthened(not_padding, held)
         # The parts are kept beside the whole, so that their ids are not given to others.
-        known[key] = (torch.cat([old, fresh], 1), fresh, *(() if real is None else (real,)))
+        known[key] = (torch.cat([old, fresh], 1), fresh, *(() if not_padding is None else (not_padding,)))
     return known[key][0]
 
 

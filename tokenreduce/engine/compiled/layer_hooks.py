@@ -14,7 +14,7 @@ from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache.layers import running
 from tokenreduce.engine.compiled.state import CompiledForward
 from tokenreduce.engine.forward import layer_hooks as plain
-from tokenreduce.engine.model.hooks import take_off
+from tokenreduce.engine.model.hooks import remove_handles
 
 
 class TracedHooks:
@@ -38,17 +38,17 @@ class TracedHooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        take_off(self.handles)
+        remove_handles(self.handles)
 
 
 def _current() -> CompiledForward | None:
     forward = running.forward
-    return forward if isinstance(forward, CompiledForward) and forward.step is not None else None
+    return forward if isinstance(forward, CompiledForward) and forward.layer_plan is not None else None
 
 
 def _number(forward: CompiledForward) -> int:
-    assert forward.step is not None
-    return forward.step.number
+    assert forward.layer_plan is not None
+    return forward.layer_plan.number
 
 
 def _enter_layer(module: nn.Module, args: Any, kwargs: Any) -> Any:

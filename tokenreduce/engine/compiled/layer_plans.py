@@ -12,19 +12,19 @@ from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor, forecast
 from tokenreduce.strategy import Site, SiteKind, Strategy
 
-MOMENTS: tuple[SiteKind | None, ...] = ("pre_attention", "kv", "pre_ffn", None)
+PHASES: tuple[SiteKind | None, ...] = ("pre_attention", "kv", "pre_ffn", None)
 """What a layer passes, in order: its sites, and its end."""
 
 
 @dataclass
-class Visit:
-    """What the graph knows of a site where stages act. layer, moment: the site. counts: tokens of each row afterwards.
+class SitePlan:
+    """What the graph knows of a site where stages act. layer, phase: the site. counts: tokens of each row afterwards.
 
     padded: whether rows then differ in length. changes: whether any token goes. reads: whether a stage reads attention there.
     """
 
     layer: int
-    moment: int
+    phase: int
     counts: list[int]
     padded: bool
     changes: bool
@@ -32,17 +32,17 @@ class Visit:
 
 
 @dataclass
-class Step:
+class LayerPlan:
     """One layer: what happens before its attention and before its FFN, whether deepstack rows come after it, and what follows.
 
     Layers are a chain and not a numbered list, so that layers in which the same happens share one graph.
     """
 
     number: int
-    before: Visit | None
-    ffn: Visit | None
+    before: SitePlan | None
+    ffn: SitePlan | None
     deep: bool
-    following: Step | None
+    following: LayerPlan | None
 
     @property
     def read(self) -> bool:
@@ -51,29 +51,29 @@ class Step:
         return (self.ffn is not None and self.ffn.reads) or (after is not None and after.reads)
 
 
-def chain(sequences: Many[TokenSequence], strategies: Many[Strategy], deepstack: int) -> Step:
-    """The step that leads to layer 0, from a forecast of all counts. deepstack: how many layers have rows added after them."""
+def chain(sequences: Many[TokenSequence], strategies: Many[Strategy], deepstack: int) -> LayerPlan:
+    """The plan that leads to layer 0, from a forecast of all counts. deepstack: how many layers have rows added after them."""
     conductors = [_forecast(sequence, strategies if sequence.conductor.runs else ()) for sequence in sequences]
-    asked: dict[Site, bool] = {}
+    reads_at: dict[Site, bool] = {}
     for conductor in conductors:
         for site, run in conductor.visited:
-            asked[site] = asked.get(site, False) or run.strategy.capabilities.attention
+            reads_at[site] = reads_at.get(site, False) or run.strategy.capabilities.attention
     accounts = [conductor.account for conductor in conductors]
     depth = accounts[0].shape.layers
     before, visits = [len(sequence) for sequence in sequences], {}
     for layer in range(depth):
-        for moment in (0, 2):
-            counts = [(account.ffn if moment else account.attn)[layer] for account in accounts]
-            site = Site(layer, MOMENTS[moment])  # type: ignore[arg-type]
-            if site in asked:
-                visits[layer, moment] = Visit(
-                    layer, moment, counts, len(set(counts)) > 1, counts != before, asked[site]
+        for phase in (0, 2):
+            counts = [(account.ffn if phase else account.attn)[layer] for account in accounts]
+            site = Site(layer, PHASES[phase])  # type: ignore[arg-type]
+            if site in reads_at:
+                visits[layer, phase] = SitePlan(
+                    layer, phase, counts, len(set(counts)) > 1, counts != before, reads_at[site]
                 )
             before = counts
-    step: Step | None = None
+    plan: LayerPlan | None = None
     for layer in reversed(range(depth)):
-        step = Step(layer, visits.get((layer, 0)), visits.get((layer, 2)), layer < deepstack, step)
-    return Step(-1, None, None, False, step)
+        plan = LayerPlan(layer, visits.get((layer, 0)), visits.get((layer, 2)), layer < deepstack, plan)
+    return LayerPlan(-1, None, None, False, plan)
 
 
 def _forecast(sequence: TokenSequence, strategies: Many[Strategy]) -> Conductor:

@@ -29,7 +29,7 @@ def visit(
     valid: Tensor | None,
     scale: float,
     layer: int,
-    moment: int,
+    phase: int,
     counts: list[int],
     draft: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +37,7 @@ def visit(
 
     The attention that they may read: query (B, H, q, d), key (B, G, k, d), valid (B, k) bool. counts: tokens left in each row.
     """
-    out, index, there = _forward().run_visit(x, query, key, valid, scale, layer, moment, counts)
+    out, index, there = _forward().run_visit(x, query, key, valid, scale, layer, phase, counts)
     shape = (x.shape[0], max(counts) + draft)
     return (
         x.clone() if out is None else out,
@@ -47,7 +47,7 @@ def visit(
 
 
 @visit.register_fake
-def _(x: Any, query: Any, key: Any, valid: Any, scale: Any, layer: Any, moment: Any, counts: Any, draft: Any) -> Any:
+def _(x: Any, query: Any, key: Any, valid: Any, scale: Any, layer: Any, phase: Any, counts: Any, draft: Any) -> Any:
     width = counts[0]
     for count in counts[1:]:
         width = max(width, count)
@@ -55,8 +55,8 @@ def _(x: Any, query: Any, key: Any, valid: Any, scale: Any, layer: Any, moment: 
     return x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=torch.long), x.new_empty(shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("tokenreduce::attend", mutates_args=(), tags=_TAGS)
-def attend(
+@torch.library.custom_op("tokenreduce::reduced_attention", mutates_args=(), tags=_TAGS)
+def reduced_attention(
     x: Tensor | None,
     query: Tensor,
     key: Tensor,
@@ -69,18 +69,18 @@ def attend(
     return _forward().run_attention(x, query, key, value, mask, scale, layer).contiguous()  # type: ignore[no-any-return]
 
 
-@attend.register_fake
+@reduced_attention.register_fake
 def _(x: Any, query: Any, key: Any, value: Any, mask: Any, scale: Any, layer: Any) -> Any:
     rows, heads, count, _ = query.shape
     return query.new_empty(rows, count, heads, value.shape[-1])
 
 
-@torch.library.custom_op("tokenreduce::leave_layer", mutates_args=(), tags=_TAGS)
-def leave_layer(out: Tensor, layer: int) -> Tensor:
+@torch.library.custom_op("tokenreduce::add_deepstack", mutates_args=(), tags=_TAGS)
+def add_deepstack(out: Tensor, layer: int) -> Tensor:
     """The output of a layer (B, n, D) with its deepstack rows added."""
-    return _forward().run_leave(out, layer)  # type: ignore[no-any-return]
+    return _forward().run_deepstack(out, layer)  # type: ignore[no-any-return]
 
 
-@leave_layer.register_fake
+@add_deepstack.register_fake
 def _(out: Any, layer: Any) -> Any:
     return torch.empty_like(out)

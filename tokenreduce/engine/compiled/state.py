@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenreduce.engine.cache.layers import KvPlan, TokenLayer
 from tokenreduce.engine.compiled import operators
-from tokenreduce.engine.compiled.layer_plans import MOMENTS, chain
+from tokenreduce.engine.compiled.layer_plans import PHASES, LayerPlan, chain
 from tokenreduce.engine.forward.batch import gather_tables
 from tokenreduce.engine.forward.importance import AttentionRecord
 from tokenreduce.engine.forward.state import Forward
@@ -26,14 +26,23 @@ from tokenreduce.strategy import Site, Strategy
 
 
 class CompiledForward(Forward):
-    """State of one forward of a compiled model.
-
-    step: the layer that runs, before the first one a step that leads to it; None in a forward without vision tokens. opaque:
-    whether cache and attention are left to operators, as stages at `kv` sites need it. held: the cache layer last updated.
-    read: query, key, validity of keys and scale of the attention that the next stage reads. input: of the layer that runs.
-    """
+    """State of one forward of a compiled model."""
 
     traced = True
+    layer_plan: LayerPlan | None
+    """Of the layer that runs, before the first one a plan that leads to it; None in a forward without vision tokens."""
+    opaque: bool
+    """Cache and attention are left to operators, as stages at `kv` sites need it."""
+    last_layer: TokenLayer | None
+    """The cache layer that was updated last, until its attention runs."""
+    read: tuple[Tensor, Tensor, Tensor | None, float] | None
+    """Query (B, H, q, d), key (B, G, k, d), which keys are valid (B, k) bool, and scale: of what the next stage reads."""
+    input: Tensor | None
+    """(B, m, D) residual stream before the attention of the layer that runs, where `kv` stages are to see it."""
+    running: bool
+    """An operator runs: attention and cache are now to be worked on, not traced."""
+    clock: int
+    """Phases that are accounted for: four for each layer, see PHASES."""
 
     def __init__(
         self, *, family: str, strategies: Many[Strategy], attention_modules: Mapping[int, nn.Module], **facts: Any
@@ -41,28 +50,25 @@ class CompiledForward(Forward):
         super().__init__(**facts)
         self.family, self.attention_modules = family, attention_modules
         self.opaque = self.kv_sites or any(layer.position is not None for layer in self.layers)
-        self.step = chain(self.sequences, strategies, len(self.deepstack)) if self.sequences else None
-        self.held: TokenLayer | None = None
-        self.read: tuple[Tensor, Tensor, Tensor | None, float] | None = None
-        self.input: Tensor | None = None
-        self.running = False
-        self.clock = 0
+        self.layer_plan = chain(self.sequences, strategies, len(self.deepstack)) if self.sequences else None
+        self.last_layer = self.read = self.input = None
+        self.running, self.clock = False, 0
 
     # Traced -----------------------------------------------------------------------------------------------------------
 
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
         """As Forward.visit: an operator where stages act, nothing elsewhere."""
-        assert self.step is not None
+        assert self.layer_plan is not None
         if site.kind == "pre_attention":
-            assert self.step.following is not None
-            self.step = self.step.following
-        todo = self.step.before if site.kind == "pre_attention" else self.step.ffn
+            assert self.layer_plan.following is not None
+            self.layer_plan = self.layer_plan.following
+        todo = self.layer_plan.before if site.kind == "pre_attention" else self.layer_plan.ffn
         if todo is None:
             return None
         query, key, valid, scale = (None, None, None, 1.0) if self.read is None else self.read
         self.read = None
         out, index, there = operators.visit(
-            x, query, key, valid, scale, todo.layer, todo.moment, todo.counts, self.batch.draft
+            x, query, key, valid, scale, todo.layer, todo.phase, todo.counts, self.batch.draft
         )
         if not todo.changes:
             return None
@@ -74,10 +80,10 @@ class CompiledForward(Forward):
         """Only note the input: `defers` tells the cache, `catch_up` accounts."""
         self.input = x if self.opaque else None
 
-    def leave_layer(self, layer: int, out: Tensor) -> Tensor:
+    def finish_layer(self, layer: int, out: Tensor) -> Tensor:
         """Add the layer's deepstack rows."""
-        assert self.step is not None
-        return operators.leave_layer(out, self.step.number) if self.step.deep else out
+        assert self.layer_plan is not None
+        return operators.add_deepstack(out, self.layer_plan.number) if self.layer_plan.deep else out
 
     def rotate(self, embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As Forward.rotate, but for each layer anew: in a graph it cannot be seen whether two tuples are one."""
@@ -85,15 +91,15 @@ class CompiledForward(Forward):
         return embeddings if index is None else gather_tables(embeddings, index)
 
     def attention_layer(self, module: nn.Module) -> int | None:
-        """Not asked for: a layer is known by its step, or by its cache."""
+        """Not asked for: a layer is known by its plan, or by its cache."""
         return 0
 
     def defers(self, layer: TokenLayer) -> bool:
         """Whether an operator will update `layer`; else tell it what comes."""
         if self.running:
             return False
-        self.held = layer
-        if not self.opaque and self.step is not None:
+        self.last_layer = layer
+        if not self.opaque and self.layer_plan is not None:
             layer.plan = KvPlan(
                 self.logical, self.batch.valid, draft=self.batch.draft, repacked=self.batch.index is not None
             )
@@ -113,8 +119,8 @@ class CompiledForward(Forward):
         """As Forward.attend."""
         if self.running:
             return super().attend(layer, base, module, query, key, value, mask, kwargs)
-        held, self.held = self.held, None
-        reads = self.step is not None and self.step.read
+        cache, self.last_layer = self.last_layer, None
+        reads = self.layer_plan is not None and self.layer_plan.read
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         if reads or self.opaque:
@@ -124,14 +130,14 @@ class CompiledForward(Forward):
                     f"stages are not supported in a compiled model whose attention has {', '.join(refused)}"
                 )
         if self.opaque:
-            assert held is not None
-            out = operators.attend(self.input, query, key, value, mask, scale, held.number)
+            assert cache is not None
+            out = operators.reduced_attention(self.input, query, key, value, mask, scale, cache.number)
             self.read = (query, key, None, scale) if reads else None
             return out, None
-        valid = self.batch.valid if held is None else held.valid
+        valid = self.batch.valid if cache is None else cache.valid
         if reads:
             self.read = (query, key, valid, scale)
-        if self.batch.index is not None or (held is not None and held.reduced):
+        if self.batch.index is not None or (cache is not None and cache.reduced):
             mask = causal_mask(self.implementation, self.config, query, key.shape[-2], valid)
         return base(module, query, key, value, mask, **kwargs)
 
@@ -145,27 +151,27 @@ class CompiledForward(Forward):
         valid: Tensor | None,
         scale: float,
         layer: int,
-        moment: int,
+        phase: int,
         counts: Many[int],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Let the stages act. Also their result's index and validity; None for what stays as it was."""
-        self.catch_up(layer, moment)
+        self.catch_up(layer, phase)
         self.clock += 1
-        site = Site(layer, MOMENTS[moment])  # type: ignore[arg-type]
+        site = Site(layer, PHASES[phase])  # type: ignore[arg-type]
         # The graph may use the memory of its tensors again: nothing of them stays in here.
-        source = layer if moment == 2 else layer - 1
+        source = layer if phase == 2 else layer - 1
         lent = self.layers[source] if self.layers and query is not None and not self.opaque else None
-        before = None if lent is None else lent.real
+        before = None if lent is None else lent.not_padding
         try:
             if query is not None and key is not None:
                 self.attention = AttentionRecord(source, query, key, scale, RowSums())
             if lent is not None:
-                lent.real = valid
+                lent.not_padding = valid
             out = super().visit(site, x.clone())
         finally:
             self.attention = None
             if lent is not None:
-                lent.real = before
+                lent.not_padding = before
         self.looks.notify_observers()
         self._hold_to(site, counts)
         return (None, None, None) if out is None else (out, self.batch.index, self.batch.valid)
@@ -210,16 +216,16 @@ class CompiledForward(Forward):
             self.attention = None
         return out  # type: ignore[no-any-return]
 
-    def run_leave(self, out: Tensor, layer: int) -> Tensor:
+    def run_deepstack(self, out: Tensor, layer: int) -> Tensor:
         """Add deepstack rows."""
         self.catch_up(layer, 3)
         self.clock += 1
-        return super().leave_layer(layer, out)
+        return super().finish_layer(layer, out)
 
-    def catch_up(self, layer: int, moment: int) -> None:
+    def catch_up(self, layer: int, phase: int) -> None:
         """Account for all that was passed since the last operator: nothing has acted there."""
-        while self.clock < 4 * layer + moment:
-            place, kind = self.clock // 4, MOMENTS[self.clock % 4]
+        while self.clock < 4 * layer + phase:
+            place, kind = self.clock // 4, PHASES[self.clock % 4]
             for sequence in self.sequences:
                 if kind is None:
                     sequence.conductor.account.ffn.append(len(sequence))
@@ -237,5 +243,5 @@ class CompiledForward(Forward):
 
     def finish(self) -> None:
         """Account for the layers that ran since the last operator."""
-        if self.step is not None:
-            self.catch_up(self.step.number + 1, 0)
+        if self.layer_plan is not None:
+            self.catch_up(self.layer_plan.number + 1, 0)

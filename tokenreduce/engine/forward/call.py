@@ -69,16 +69,16 @@ class Call:
     @cached_property
     def valid(self) -> Tensor | None:
         """(B, width) bool: which of the new tokens are not padding; None if all are."""
-        return self._real(self.mask[:, -self.width :]) if self.mask is not None and self.width > 1 else None
+        return self._not_padding(self.mask[:, -self.width :]) if self.mask is not None and self.width > 1 else None
 
     @cached_property
     def valid_past(self) -> Tensor | None:
         """(B, past) bool: which of the earlier tokens are not padding; None if all are."""
         if self.mask is None or not self.past or self.mask.shape[1] != self.past + self.width:
             return None
-        return self._real(self.mask[:, : self.past])
+        return self._not_padding(self.mask[:, : self.past])
 
-    def _real(self, mask: Tensor) -> Tensor | None:
+    def _not_padding(self, mask: Tensor) -> Tensor | None:
         valid = mask.to(device=self.device, dtype=torch.bool)
         return None if bool(valid.all()) else valid
 

@@ -57,8 +57,8 @@ class AttentionRecord:
         n = len(sequence.attended)
         places = batch.columns_of(n, self.query.shape[2])
         q, k = self.query[sequence.row, :, places], self.key[sequence.row]
-        if cache is not None and cache.real is not None:
-            k = k[:, lengthened(cache.real, k.shape[1])[sequence.row]]
+        if cache is not None and cache.not_padding is not None:
+            k = k[:, lengthened(cache.not_padding, k.shape[1])[sequence.row]]
         elif cache is None:
             k = k[:, batch.columns_of(n, k.shape[1]).start :]
         k = k[:, : k.shape[1] - batch.draft]

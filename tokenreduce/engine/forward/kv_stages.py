@@ -45,7 +45,7 @@ def plan_kv(
     targets = torch.full(x.shape[:2], -1, dtype=torch.long, device=x.device)
     position = torch.full_like(targets, -1)
     spans: list[Span | None] = []
-    held: list[CacheCount] = []
+    counts: list[CacheCount] = []
     remain: list[Tensor | None] = []
     size = torch.ones_like(targets)
     past = tokens_before(cache, x.shape[0], x.device)
@@ -78,20 +78,20 @@ def plan_kv(
                 count = min(span.sinks + span.window, n)
             looks.record(sequence, run, site, decision, n, n if count is None else count, 0)
         spans.append(span)
-        held.append(CacheCount(count, span is not None))
+        counts.append(CacheCount(count, span is not None))
         remain.append(kept)
     plan.end = past + totals + batch.draft
     merged, bounded = any(kept is not None for kept in remain), any(span is not None for span in spans)
     if not merged and not bounded:
         known = cache is not None and cache.position is not None
         plan.position = position if known or batch.index is not None else None
-        return [CacheCount()] * len(held)
+        return [CacheCount()] * len(counts)
     plan.whole = not merged and _sees_all(batch, cache, spans)
     if not plan.whole:
         for row, (sequence, kept) in enumerate(zip(batch.sequences, remain, strict=True)):
-            n, count = len(sequence), held[row].tokens
+            n, count = len(sequence), counts[row].tokens
             seen = kv_pairs(n, n if count is None else count, True) if kept is None else _pairs_in_blocks(kept)
-            held[row] = held[row]._replace(pairs=seen)
+            counts[row] = counts[row]._replace(pairs=seen)
     plan.position = position
     if merged:
         plan.reduction, plan.size = Reduction(targets), size
@@ -99,7 +99,7 @@ def plan_kv(
         plan.span = _spans(cache, spans, x.device)
     if cache is None:
         raise UnsupportedError("stages at `kv` sites need a KV cache; call with use_cache=True")
-    return held
+    return counts
 
 
 def _sees_all(batch: Batch, cache: TokenLayer | None, spans: Many[Span | None]) -> bool:

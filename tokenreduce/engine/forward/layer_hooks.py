@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.forward.state import Forward
-from tokenreduce.engine.model.hooks import Hook, take_off
+from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.strategy import Site
 
@@ -56,7 +56,7 @@ class LayerHooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        take_off(self.handles)
+        remove_handles(self.handles)
 
     def enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Before a layer: its `pre_attention` and `kv` stages, and what else must follow the tokens."""
@@ -132,5 +132,5 @@ def leave_layer(forward: Forward, number: int, output: Any) -> Any:
     if forward.ffn is not None and forward.ffn_output is not None:
         state = forward.ffn + forward.ffn_output
         forward.ffn = forward.ffn_output = None
-    state = forward.leave_layer(number, state)
+    state = forward.finish_layer(number, state)
     return (state, *output[1:]) if isinstance(output, tuple) else state

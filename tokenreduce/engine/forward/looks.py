@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenreduce import plugins
 from tokenreduce.engine.forward.sequence import AttentionSource, TokenSequence
 from tokenreduce.planning.schedule import StageRun
-from tokenreduce.plugin_checks import ask, checked
+from tokenreduce.plugin_checks import as_decision, decide_with
 from tokenreduce.strategy import Decision, Site
 from tokenreduce.trace import StageTrace
 
@@ -31,7 +31,7 @@ class Looks:
         """What `run` decides about `sequence`, whose states are hidden (n, D). PluginError where it breaks the contract."""
         who = f"strategy {run.strategy.name} at {site}"
         ctx = sequence.context(run, site, hidden, attention)
-        decision = checked(who, site, ask(who, run.strategy.decide, ctx))
+        decision = as_decision(who, site, decide_with(who, run.strategy.decide, ctx))
         if decision.reduction is not None:
             sequence.check(run.strategy.name, site, decision.reduction)
         return decision

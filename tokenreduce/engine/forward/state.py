@@ -52,7 +52,7 @@ class Forward(Activity):
     ffn: Tensor | None
     """(B, m, D) residual stream before the FFN of the layer that runs, where its `pre_ffn` stages changed it."""
     ffn_output: Tensor | None
-    """(B, m, D) output of that FFN, which `leave_layer` adds to `ffn`."""
+    """(B, m, D) output of that FFN, which `layer_hooks.leave_layer` adds to `ffn`."""
     deepstack: list[Tensor]
     """(B, N, D) rows to add after each of the coming layers."""
     passengers: list[list[Tensor]]
@@ -137,7 +137,7 @@ class Forward(Activity):
         if cache is not None:
             cache.plan = plan
 
-    def leave_layer(self, layer: int, out: Tensor) -> Tensor:
+    def finish_layer(self, layer: int, out: Tensor) -> Tensor:
         """Account for the FFN of `layer` and add its deepstack rows to out (B, m, D)."""
         for sequence in self.sequences:
             sequence.conductor.account.ffn.append(len(sequence))
@@ -189,18 +189,18 @@ class Forward(Activity):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `layer` with the mask that its tokens need."""
-        held = self.cache(layer)
+        cache = self.cache(layer)
         watched = base
         if 3 * layer + 2 in self.reads or 3 * layer + 3 in self.reads:
             self.attention = AttentionRecord.of(layer, query, key, kwargs)
             if self.implementation == "sdpa":
                 watched = self.attention.rows.around(base)
-        if held is not None and held.seen[0] is not None:
-            position = self._query_positions(held, query)
+        if cache is not None and cache.seen[0] is not None:
+            position = self._query_positions(cache, query)
             if self.implementation not in ("sdpa", "eager"):
                 raise UnsupportedError(f"stages at `kv` sites need sdpa or eager attention, not {self.implementation}")
             return attend_by_position(
-                base, module, query, key, value, held, position, self.implementation, SPAN_BLOCK, kwargs
+                base, module, query, key, value, cache, position, self.implementation, SPAN_BLOCK, kwargs
             )
         if (
             self.batch.index is not None
@@ -211,33 +211,33 @@ class Forward(Activity):
             starts = [query.shape[2] - self.batch.draft - len(sequence) for sequence in self.sequences]
             if any(starts):
                 return attend_by_row(watched, module, query, key, value, starts, kwargs)
-        if self.batch.index is not None or (held is not None and held.reduced):
-            mask = self._causal_mask(query, key.shape[-2], held)
+        if self.batch.index is not None or (cache is not None and cache.reduced):
+            mask = self._causal_mask(query, key.shape[-2], cache)
         return watched(module, query, key, value, mask, **kwargs)
 
-    def _query_positions(self, held: TokenLayer, query: Tensor) -> Tensor:
+    def _query_positions(self, cache: TokenLayer, query: Tensor) -> Tensor:
         """(B, q): positions of the queries, −1 on padding: they are the newest tokens of their rows."""
         rows, _, count, _ = query.shape
         if self.sequences:
             position = torch.full((rows, count), -1, dtype=torch.long, device=query.device)
-            assert held.end is not None
+            assert cache.end is not None
             for s in self.sequences:
-                start = held.end[s.row] - self.batch.draft - s.total
+                start = cache.end[s.row] - self.batch.draft - s.total
                 position[s.row, self.batch.columns_of(len(s), count)] = s.alive + start
             draft = torch.arange(-self.batch.draft, 0, device=query.device)
-            position[:, count - self.batch.draft :] = held.end[:, None] + draft
+            position[:, count - self.batch.draft :] = cache.end[:, None] + draft
             return position
-        assert held.position is not None
-        return held.position[:, -count:]
+        assert cache.position is not None
+        return cache.position[:, -count:]
 
-    def _causal_mask(self, query: Tensor, keys: int, held: TokenLayer | None) -> Tensor | None:
+    def _causal_mask(self, query: Tensor, keys: int, cache: TokenLayer | None) -> Tensor | None:
         """The causal mask over the tokens that are really there. Layers of one stage, one after the other, share it."""
-        real = self.batch.valid if held is None else held.real
+        not_padding = self.batch.valid if cache is None else cache.not_padding
         queries, before, of = self._mask_key
-        if (queries, before) != (query.shape[2], keys) or of is not real:
-            valid = None if real is None else lengthened(real, keys)
+        if (queries, before) != (query.shape[2], keys) or of is not not_padding:
+            valid = None if not_padding is None else lengthened(not_padding, keys)
             self._mask = causal_mask(self.implementation, self.config, query, keys, valid)
-            self._mask_key = query.shape[2], keys, real
+            self._mask_key = query.shape[2], keys, not_padding
         return self._mask
 
     def importance(self, sequence: TokenSequence, queries: Queries, heads: Heads) -> Tensor:

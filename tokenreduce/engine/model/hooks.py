@@ -43,7 +43,7 @@ def _outside_the_graph(method: Any, *args: Any) -> Any:
     return method(*args)
 
 
-def take_off(handles: list[Any]) -> None:
+def remove_handles(handles: list[Any]) -> None:
     """Remove hooks. One that Ctrl-C leaves is still in the list, for the next time."""
     while handles:
         handles[-1].remove()

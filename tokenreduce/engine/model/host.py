@@ -12,7 +12,7 @@ from torch import nn
 from tokenreduce.adapter import FfnPair, ModelAdapter
 from tokenreduce.budget import Budget
 from tokenreduce.engine.model import tap
-from tokenreduce.engine.model.hooks import Hook, take_off
+from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.engine.model.meter import Measured
 from tokenreduce.engine.model.parallel import head_group
 from tokenreduce.engine.model.probe import prove
@@ -133,7 +133,7 @@ class Host:
             pairs[number] = pair
         return pairs
 
-    def take(self, run: Any, pairs: dict[int, FfnPair]) -> None:
+    def install(self, run: Any, pairs: dict[int, FfnPair]) -> None:
         """Tap the attention, prove `pairs`, and hook the run's methods; all undone again if anything fails."""
         tap.tapped(self.implementation)
         try:
@@ -153,7 +153,7 @@ class Host:
             for module in self.attention.values():
                 module.__dict__[tap.ATTACHED] = True
         except BaseException:
-            self.give_back()
+            self.uninstall()
             raise
 
     def _learn(self, measured: Measured, budget: Budget | None) -> None:
@@ -167,11 +167,11 @@ class Host:
             reasons = [measured.mismatch(shape) for shape in self._shapes]
             best = reasons.index("") if "" in reasons else 0
             self.shape, self.unlike = self._shapes[best], reasons[best]
-        wrong, unit, held = "", budget.unit if budget is not None else "tokens", set(self.cached)
+        wrong, unit, found = "", budget.unit if budget is not None else "tokens", set(self.cached)
         if unit == "flops":
             wrong = self.unlike
-        elif unit == "kv_cache" and held != {self.shape.cached} and (len(held) > 1 or not budget.relative):  # type: ignore[union-attr]
-            counts = " or ".join(f"{count:,}" for count in sorted(held))
+        elif unit == "kv_cache" and found != {self.shape.cached} and (len(found) > 1 or not budget.relative):  # type: ignore[union-attr]
+            counts = " or ".join(f"{count:,}" for count in sorted(found))
             wrong = (
                 f"its config says {self.shape.cached:,} cached numbers per token in a layer, its layers hold {counts}"
             )
@@ -180,7 +180,7 @@ class Host:
                 f"{self.family}: {wrong}; a budget in {unit} cannot be solved for it, one in tokens can"
             )
 
-    def told(self, trace: Trace) -> Trace:
+    def corrected(self, trace: Trace) -> Trace:
         """The receipt as far as it is true of this model: bytes of the cache as measured, FLOPs only if they are known."""
         if self.cached is not None:
             for number, layer in enumerate(trace.layers):
@@ -188,9 +188,9 @@ class Host:
                 trace.layers[number] = replace(layer, kv_bytes=held)
         return trace.without_flops(self.unlike) if self.unlike else trace
 
-    def give_back(self) -> None:
+    def uninstall(self) -> None:
         """Take the hooks off and restore the configuration."""
-        take_off(self._handles)
+        remove_handles(self._handles)
         with _tapping:
             _hosts.discard(self)
             if not any(host.config is self.config for host in _hosts):

@@ -90,6 +90,6 @@ class Meter(TorchDispatchMode):
         """What was found. cache: that `tokens` tokens were put into."""
         cached = [0] * len(self.layers)
         for number, layer in enumerate(cache.layers[: len(cached)]):
-            for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                cached[number] += held.shape[1] * held.shape[-1] if isinstance(held, Tensor) and held.dim() == 4 else 0
+            for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                cached[number] += part.shape[1] * part.shape[-1] if isinstance(part, Tensor) and part.dim() == 4 else 0
         return Measured(tokens, self.layers, self.pair, cached, beside)

@@ -60,14 +60,14 @@ def prove(
     pairs: Mapping[int, FfnPair],
     modules: Mapping[int, int],
 ) -> Measured:
-    """`probe`, but only once for a decoder, as long as its modules, their forwards and their hooks are the same.
+    """`prove_decoder`, but only once for a decoder, as long as its modules, their forwards and their hooks are the same.
 
     The probe reads all weights, as a decode step does; a pipeline attached for every request should not pay for it.
     """
     facts = (implementation, tuple(pairs), tuple(map(_likeness, text.modules())))
     proved = _proved.setdefault(text, {})
     if facts not in proved:
-        proved[facts] = probe(text, family, layers, pairs, modules)
+        proved[facts] = prove_decoder(text, family, layers, pairs, modules)
     return proved[facts]
 
 
@@ -76,7 +76,7 @@ def _likeness(module: nn.Module) -> tuple[Any, ...]:
     return id(module), type(module).forward, id(module.__dict__.get("forward")), tuple(map(id, hooks))
 
 
-def probe(
+def prove_decoder(
     text: nn.Module,
     family: str,
     layers: Sequence[nn.Module],

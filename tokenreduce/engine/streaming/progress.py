@@ -48,7 +48,7 @@ class Ledger:
                 f"{int(medium[at])}: a stream numbers both on over all its chunks (TokenLayout.video(first_frame=...))"
             )
 
-    def take(self, layout: TokenLayout, reducible: Tensor, source: Tensor) -> None:
+    def note_chunk(self, layout: TokenLayout, reducible: Tensor, source: Tensor) -> None:
         """Take note of a chunk. reducible: (n,) bool. source: (n,) long, the position that each of its tokens ended in."""
         vision = layout.vision[0].nonzero().squeeze(1)
         if len(vision):

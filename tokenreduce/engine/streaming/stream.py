@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,15 @@ class Stream(Run):
         return self._carry.seen
 
     @property
-    def held(self) -> int:
+    def waiting(self) -> int:
         """Tokens that wait: for runs to end, or for `width` of them."""
         return self._carry.held
+
+    @property
+    def held(self) -> int:
+        """Deprecated name of `waiting`."""
+        warnings.warn("Stream.held is deprecated: read Stream.waiting", DeprecationWarning, stacklevel=2)
+        return self.waiting
 
     def feed_text(self, ids: Tensor) -> None:
         """Feed text: ids (1, n) long."""
@@ -158,7 +165,7 @@ class Stream(Run):
         self._failed = True  # Until the chunk has gone in whole.
         with torch.no_grad():
             source = self._carry.feed(embeds[0], layout.slot[0], layout.frame[0], layout.media()[0], able)
-            self._ledger.take(layout, reducible, source)
+            self._ledger.note_chunk(layout, reducible, source)
             # Text alone waits: without a vision token after it, no stage would act on it.
             while self._ledger.vision and self._carry.closed > self.width:
                 self._prefill(self._next(self.width))
@@ -277,16 +284,16 @@ class Stream(Run):
             implementation=self.host.implementation, config=self.host.config, group=self.host.group,
         )  # fmt: skip
         self._ledger.before(self._cached)
-        self._ongoing.start(forward)
+        self._active.start(forward)
         return args, kwargs
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder; after the last piece, write the trace."""
         piece: Piece | None = getattr(self._local, "piece", None)
-        forward = self._ongoing.here()
+        forward = self._active.current()
         if piece is None or forward is None or self._local.refused:
             return super().end(module, args, kwargs, output)
-        self._ongoing.release()
+        self._active.end()
         if output is None:
             return None
         check_ran(self.host.family, self.shape.layers, forward.sequences)
@@ -296,6 +303,6 @@ class Stream(Run):
                 self.pipeline.name, self.strategies, self._merging, self._carry, self.host.cache_bytes,
                 cost.head_flops(self.shape, 1) if self.host.has_head else 0,
             )  # fmt: skip
-            self._local.trace = self._last = self.host.told(trace)
+            self._local.trace = self._last = self.host.corrected(trace)
             self._local.await_head = True
         return None

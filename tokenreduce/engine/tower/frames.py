@@ -65,7 +65,7 @@ class Frames:
             return x
         return x.index_select(0, self.source.to(x.device))
 
-    def complete(self, x: Tensor) -> bool:
+    def has_all_frames(self, x: Tensor) -> bool:
         """Whether `x` has one entry in its first axis for each frame."""
         return len(x) == self.total
 
@@ -118,7 +118,7 @@ class PackedFrames(Frames):
             return x.reshape(-1, merged, *x.shape[1:]).index_select(0, self.source.to(x.device)).flatten(0, 1)
         return super().restore(x)
 
-    def complete(self, x: Tensor) -> bool:
+    def has_all_frames(self, x: Tensor) -> bool:
         """Whether `x` has one row per patch, or per `merged` patches."""
         return len(x) in (self.total, self.total // self.tower.merged)
 
@@ -130,7 +130,7 @@ def _kept(reduction: Reduction) -> tuple[Tensor, Tensor]:
     return kept.nonzero().squeeze(1), (kept.cumsum(0) - 1)[target]
 
 
-def read_frames(tower: VisionTower, family: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frames:
+def frames_of_call(tower: VisionTower, family: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frames:
     """The frames that a tower is called with."""
     return (Frames if tower.grid is None else PackedFrames)(tower, family, args, dict(kwargs))
 
@@ -148,9 +148,9 @@ def video_lengths(total: int, ids: Tensor | None, kwargs: Mapping[str, Any], hos
     """
     pixels = pixels_of(kwargs)
     layout = _layout(ids, kwargs, host) if len(pixels) == 1 else None
-    told = [] if layout is None else _by_layout(layout)
-    if sum(told) == total:
-        return told
+    lengths = [] if layout is None else _by_layout(layout)
+    if sum(lengths) == total:
+        return lengths
     shapes = {(x.shape[0], x.shape[1]) for x in pixels if x.dim() == 5 and x.shape[1] > 1}
     fitting = [(videos, frames) for videos, frames in shapes if videos * frames == total]
     if len(fitting) == 1:
@@ -180,14 +180,14 @@ def _by_layout(layout: TokenLayout) -> list[int]:
     return lengths
 
 
-def mapped(output: Any, change: Any) -> Any:
+def map_tensors(output: Any, change: Any) -> Any:
     """`output` with `change` applied to each tensor in it."""
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, Mapping):  # A ModelOutput is one, and its constructor takes its fields.
-        return type(output)(**{key: mapped(value, change) for key, value in output.items()})
+        return type(output)(**{key: map_tensors(value, change) for key, value in output.items()})
     if isinstance(output, (tuple, list)):
-        return type(output)(mapped(value, change) for value in output)
+        return type(output)(map_tensors(value, change) for value in output)
     return output
 
 

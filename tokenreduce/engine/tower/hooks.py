@@ -18,11 +18,11 @@ from tokenreduce.adapter import VisionTower
 from tokenreduce.engine.forward.looks import notify_observers
 from tokenreduce.engine.model.callers import encoding
 from tokenreduce.engine.model.gate import Gate
-from tokenreduce.engine.model.hooks import Hook, take_off
+from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.engine.model.host import Host
-from tokenreduce.engine.tower.frames import Frames, mapped, pixels_of, read_frames, tensors, video_lengths
+from tokenreduce.engine.tower.frames import Frames, frames_of_call, map_tensors, pixels_of, tensors, video_lengths
 from tokenreduce.errors import NotFiredError, PipelineError, PluginError, UnsupportedError
-from tokenreduce.plugin_checks import ask, check_reduction, lent, reduction_of, vision_sites_of
+from tokenreduce.plugin_checks import check_reduction, decide_with, lent, reduction_of, vision_sites_of
 from tokenreduce.reduction import Reduction
 from tokenreduce.trace import StageTrace
 from tokenreduce.vision import VisionContext, VisionSite, VisionStrategy
@@ -33,7 +33,7 @@ MASKED = ("eager", "sdpa")
 
 
 @dataclass
-class _Visit:
+class _TowerCall:
     """One call of the tower. place: (F, n) long, where each token of the start is among those left. size: (F, left) long.
 
     ways: `place` as it was when so many tokens were left, to put back what was recorded in between.
@@ -44,6 +44,7 @@ class _Visit:
     size: Tensor | None = None
     ways: dict[int, Tensor] = field(default_factory=dict)
     acted: set[int] = field(default_factory=set)
+    events: list[StageTrace] = field(default_factory=list)
 
 
 class NoTower:
@@ -66,7 +67,7 @@ class NoTower:
     def remove(self) -> None:
         """Take the hooks off."""
 
-    def take(self) -> list[StageTrace]:
+    def take_events(self) -> list[StageTrace]:
         """What the stages did in this thread since the last prefill with vision tokens."""
         return []
 
@@ -87,9 +88,9 @@ class TowerHooks(NoTower):
             )
         self.tower, self.strategies, self.family, self.modules = tower, strategies, family, (tower.module,)
         depth = len(tower.blocks)
-        self.asked = {strategy: vision_sites_of(strategy, depth) for strategy in strategies}
-        blocks = [site.block for sites in self.asked.values() for site in sites if site.kind == "vision.block"]
-        inside = [strategy for strategy, sites in self.asked.items() if sites[0].kind == "vision.block"]
+        self.sites = {strategy: vision_sites_of(strategy, depth) for strategy in strategies}
+        blocks = [site.block for sites in self.sites.values() for site in sites if site.kind == "vision.block"]
+        inside = [strategy for strategy, sites in self.sites.items() if sites[0].kind == "vision.block"]
         if inside and tower.grid is not None:
             raise UnsupportedError(
                 f"{family}: its vision tower packs the patches of all frames into one sequence, in which {inside[0].name} "
@@ -105,7 +106,7 @@ class TowerHooks(NoTower):
                 f"{weighing[0].name}: the blocks of the vision tower of {family} {why}, so proportional attention cannot be had; "
                 "set `proportional: false`"
             )
-        first = min((site.block for strategy in weighing for site in self.asked[strategy]), default=depth)
+        first = min((site.block for strategy in weighing for site in self.sites[strategy]), default=depth)
         self._weighed = range(first, depth)
         self.blocks = sorted({*blocks, *self._weighed})
         self._local = threading.local()
@@ -126,12 +127,12 @@ class TowerHooks(NoTower):
     def remove(self) -> None:
         """Take the hooks off."""
         self.installed = False
-        take_off(self._handles)
+        remove_handles(self._handles)
 
-    def take(self) -> list[StageTrace]:
+    def take_events(self) -> list[StageTrace]:
         """What the stages did in this thread since the last prefill with vision tokens. NotFiredError: the tower did not run."""
         events: list[StageTrace] = getattr(self._local, "events", [])
-        self._local.events, self._local.call = [], None
+        self._local.events, self._local.prompt_call = [], None
         if not events:
             raise NotFiredError(
                 f"stage {self.strategies[0].name} never acted: the vision tower did not run before this prefill with vision "
@@ -143,9 +144,9 @@ class TowerHooks(NoTower):
         """See NoTower. What the tower did in this thread before, for a call that failed, is not this one's."""
         if pixels_of(kwargs):
             self._local.events = []
-            self._local.call = ids, {name: value for name, value in kwargs.items() if name != "past_key_values"}
+            self._local.prompt_call = ids, {name: value for name, value in kwargs.items() if name != "past_key_values"}
         elif outermost:
-            self._local.call = ids, {}
+            self._local.prompt_call = ids, {}
 
     # One call of the tower --------------------------------------------------------------------------------------------
 
@@ -155,13 +156,13 @@ class TowerHooks(NoTower):
             raise UnsupportedError(
                 f"{self.family}: output_attentions of a vision tower with stages in it is not supported"
             )
-        frames = read_frames(self.tower, self.family, args, kwargs)
+        frames = frames_of_call(self.tower, self.family, args, kwargs)
         with self.gate.lock:
             self.gate.passed()
             if not self.installed:  # Taken off while this call began.
                 return None
             self.busy.add(threading.get_ident())
-        self._local.visit, self._local.told = _Visit(frames), []
+        self._local.call = _TowerCall(frames)
         for strategy in self._at(INPUT):
             groups = [video for group in frames.groups for video in self._videos(strategy, group)]
             decisions = [self._frame_decision(strategy, video) for video in groups]
@@ -176,8 +177,8 @@ class TowerHooks(NoTower):
         if strategy.lossless or self.tower.grid is not None:
             return [group]
         # Under generate() the tower runs before the first forward; where neither calls it, its frames are all there is.
-        call = encoding() or getattr(self._local, "call", None)
-        ids, kwargs = call or (None, {})
+        prompt_call = encoding() or getattr(self._local, "prompt_call", None)
+        ids, kwargs = prompt_call or (None, {})
         lengths = video_lengths(len(group), ids, kwargs, self.host)
         if lengths is None:
             raise UnsupportedError(
@@ -197,40 +198,40 @@ class TowerHooks(NoTower):
 
     def enter_block(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before a block: its stages, and the weights of merged tokens in its attention."""
-        visit: _Visit | None = getattr(self._local, "visit", None)
-        if visit is None:  # Called outside its tower.
+        call: _TowerCall | None = getattr(self._local, "call", None)
+        if call is None:  # Called outside its tower.
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._refuse_misfit(visit, hidden, args, kwargs)
-        if visit.place is None:
+        self._refuse_misfit(call, hidden, args, kwargs)
+        if call.place is None:
             frames, n, _ = hidden.shape
-            visit.place = torch.arange(n, device=hidden.device).expand(frames, -1)
-            visit.size = torch.ones_like(visit.place)
+            call.place = torch.arange(n, device=hidden.device).expand(frames, -1)
+            call.size = torch.ones_like(call.place)
         site = VisionSite("vision.block", number)
         for strategy in self._at(site):
-            hidden = self._merge(visit, strategy, site, hidden)
+            hidden = self._merge(call, strategy, site, hidden)
         if args:
             args = (hidden, *args[1:])
         else:
             kwargs = {**kwargs, "hidden_states": hidden}
-        if number in self._weighed and visit.ways:
-            assert visit.size is not None
-            bias = visit.size.to(hidden.dtype).log()[:, None, None].expand(-1, 1, hidden.shape[1], -1)
+        if number in self._weighed and call.ways:
+            assert call.size is not None
+            bias = call.size.to(hidden.dtype).log()[:, None, None].expand(-1, 1, hidden.shape[1], -1)
             args, kwargs = args[:1], {**kwargs, str(self.tower.mask): bias}
         return args, kwargs
 
-    def _merge(self, visit: _Visit, strategy: VisionStrategy, site: VisionSite, hidden: Tensor) -> Tensor:
+    def _merge(self, call: _TowerCall, strategy: VisionStrategy, site: VisionSite, hidden: Tensor) -> Tensor:
         frames, n, _ = hidden.shape
-        assert visit.place is not None
-        assert visit.size is not None
+        assert call.place is not None
+        assert call.size is not None
         movable = torch.arange(n, device=hidden.device) >= self.tower.prefix
-        patches = visit.place.shape[1] - self.tower.prefix
-        ctx = VisionContext(site, len(self.tower.blocks), lent(hidden), visit.size.clone(), movable.clone(), patches)
+        patches = call.place.shape[1] - self.tower.prefix
+        ctx = VisionContext(site, len(self.tower.blocks), lent(hidden), call.size.clone(), movable.clone(), patches)
         reduction = self._decide(strategy, ctx)
         after = n
         if reduction is not None:
             self._check(strategy, site, reduction, (frames, n), movable)
-            left = reduction.apply(hidden, visit.size)
+            left = reduction.apply(hidden, call.size)
             if left.valid is not None:
                 raise PluginError(
                     f"strategy {strategy.name} at {site} keeps different numbers of tokens in different frames"
@@ -241,50 +242,50 @@ class TowerHooks(NoTower):
                 where = torch.zeros_like(reduction.target).scatter(
                     1, left.index, torch.arange(after, device=hidden.device).expand(frames, -1)
                 )
-                visit.place = where.gather(1, reduction.target.gather(1, visit.place))
-                visit.ways[after], visit.size, hidden = visit.place, left.size, left.hidden
+                call.place = where.gather(1, reduction.target.gather(1, call.place))
+                call.ways[after], call.size, hidden = call.place, left.size, left.hidden
         self._note(strategy, site, frames * n, frames * after, "tokens of all frames")
-        visit.acted.add(site.block)
+        call.acted.add(site.block)
         return hidden
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After the tower: put everything back. Also called when it raised, with None."""
-        visit, self._local.visit = getattr(self._local, "visit", None), None
+        call, self._local.call = getattr(self._local, "call", None), None
         self.busy.discard(threading.get_ident())
-        if visit is None or output is None:
+        if call is None or output is None:
             return None
-        for strategy, sites in self.asked.items():
-            missed = [site for site in sites if site.kind == "vision.block" and site.block not in visit.acted]
+        for strategy, sites in self.sites.items():
+            missed = [site for site in sites if site.kind == "vision.block" and site.block not in call.acted]
             if missed:
                 raise NotFiredError(f"stage {strategy.name} never acted: {missed[0]} of {self.family} did not run")
-        whole = mapped(output, partial(_restored, visit))
+        whole = map_tensors(output, partial(_restored, call))
         first = next((x for x in tensors(whole) if x.dim() > 1), None)
-        tokens = None if visit.place is None else visit.place.shape[1]
-        if first is None or not visit.frames.complete(first) or (tokens is not None and first.shape[1] != tokens):
+        tokens = None if call.place is None else call.place.shape[1]
+        if first is None or not call.frames.has_all_frames(first) or (tokens is not None and first.shape[1] != tokens):
             raise UnsupportedError(f"{self.family}: its vision tower does not return one state per frame and token")
-        self._local.events = [*getattr(self._local, "events", []), *self._local.told]
+        self._local.events = [*getattr(self._local, "events", []), *call.events]
         return whole
 
     # Small parts ------------------------------------------------------------------------------------------------------
 
     def _at(self, site: VisionSite) -> list[VisionStrategy]:
-        return [strategy for strategy, sites in self.asked.items() if site in sites]
+        return [strategy for strategy, sites in self.sites.items() if site in sites]
 
     def _decide(self, strategy: VisionStrategy, ctx: VisionContext) -> Reduction | None:
         who = f"strategy {strategy.name} at {ctx.site}"
-        return reduction_of(who, ask(who, strategy.decide, ctx))
+        return reduction_of(who, decide_with(who, strategy.decide, ctx))
 
     def _note(self, strategy: VisionStrategy, site: VisionSite, before: int, after: int, what: str) -> None:
         event = StageTrace(
             stage=strategy.place, strategy=strategy.name, site=str(site), layer=site.block, row=-1, before=before, after=after,
-            merged=before - after, dropped=0, finished=site == self.asked[strategy][-1], note=what,
+            merged=before - after, dropped=0, finished=site == self.sites[strategy][-1], note=what,
         )  # fmt: skip
-        self._local.told.append(event)
+        self._local.call.events.append(event)
         notify_observers([event])
 
-    def _refuse_misfit(self, visit: _Visit, hidden: Tensor, args: Any, kwargs: Any) -> None:
+    def _refuse_misfit(self, call: _TowerCall, hidden: Tensor, args: Any, kwargs: Any) -> None:
         """Refuse states that are not (F, n, D), and a mask that could not follow the tokens."""
-        if hidden.dim() != 3 or len(hidden) != visit.frames.count:
+        if hidden.dim() != 3 or len(hidden) != call.frames.count:
             raise UnsupportedError(
                 f"{self.family}: a block of its vision tower works on {tuple(hidden.shape)}, not (F, n, D)"
             )
@@ -305,9 +306,9 @@ class TowerHooks(NoTower):
             raise PluginError(f"{name} merges a class token, or merges into one")
 
 
-def _restored(visit: _Visit, x: Tensor) -> Tensor:
+def _restored(call: _TowerCall, x: Tensor) -> Tensor:
     """`x` with all tokens and frames, where it has those that were left."""
-    if x.dim() > 2 and len(x) == visit.frames.count and x.shape[1] in visit.ways:
-        place = visit.ways[x.shape[1]].to(x.device)
+    if x.dim() > 2 and len(x) == call.frames.count and x.shape[1] in call.ways:
+        place = call.ways[x.shape[1]].to(x.device)
         x = x.gather(1, place.view(*place.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
-    return visit.frames.restore(x)
+    return call.frames.restore(x)
