@@ -38,10 +38,10 @@ about this model and this task alone.
   full squares, relative to dense. Budgets are never exceeded; *fewer frames* is rounded down to whole frames.
 - *Needle kept* is how often the one token that shows the decisive tile was still there as itself after the last layer;
   *merged*: averaged into another token. With StreamingLLM and non-cascaded merging, *kept* is what the last layer's cache holds.
-- An ordering **holds** or is **reversed** where the paired test says so at 5 % after correction (Holm, within the table's
-  orderings), and is **absent** where it does not and the interval excludes an advantage of three points. A bound (“loses at most
-  x %”) **holds** or **fails** where the whole interval of the loss, relative to the dense accuracy, lies on one side of it. All
-  else is **not settled**: these examples cannot tell.
+- An ordering **holds** or is **reversed** where the paired test says so at 5 %, and is **absent** where it does not and a score
+  test excludes an advantage of three points, after correction of both for all orderings of the table (Holm). A bound (“loses at
+  most x %”) **holds** or **fails** where the whole interval of the loss, relative to the dense accuracy, lies on one side of it.
+  All else is **not settled**: these examples cannot tell.
 - *Random tokens* are the same places in all videos of one length; the needle's place varies.
 - In Table 4 the cascaded arm has the FLOPs of a prefill whose caches are empty. Attention weighs more in this narrow model than
   in the paper's, so its C is lower there.
@@ -50,12 +50,8 @@ about this model and this task alone.
 """
 
 
-WHY = """Why: how often the needle's token was gone after the last layer, and how often the answer was right nevertheless (Table
-1). A needle dropped before layer 0 can only be guessed. After two dense layers it can be known: where answers stay right without
-the token, the model had read it by then, and a later word or turn can still read it in the full caches of layers 0 and 1. By what
-rule tokens are dropped after that then makes no difference that these examples show. FastV's K = 2 is a sixth of this model's
-depth and a fourteenth of the paper's. Random tokens after two dense layers, with FastV's counts, show how much of FastV's
-accuracy is owed to the two layers and how much to its choice; the last section moves both a layer earlier."""
+LOST = """How often the needle's token was gone after the last layer, and how often the answer was right nevertheless (Table 1). A
+needle dropped before layer 0 can only be guessed; where answers stay right without the token, the model had read it by then."""
 
 
 def readme(data: Data) -> str:
@@ -129,7 +125,7 @@ def _explain(tables: Sequence[Data]) -> list[str]:
                 gone = arm["needle_dropped"]
                 right = f", right in {gone['right']} of {gone['examples']}" if gone["examples"] else ""
                 cells[arm["arm"]][column] = f"{gone['examples'] / arm['examples']:.0%}{right}"
-    return [WHY, "", grid_table(head, [(label(arm), *row) for arm, row in cells.items()])]
+    return [LOST, "", grid_table(head, [(label(arm), *row) for arm, row in cells.items()])]
 
 
 def section(table: Data) -> str:

@@ -11,13 +11,13 @@ from lab.reproduce.paper import CLAIMS, Claim
 from lab.reproduce.plan import Panel, Table, limited
 from lab.reproduce.rows import Rows
 from tokenreduce.compare.arms import BASELINE
-from tokenreduce.compare.statistics import holm, mcnemar, pareto, score_interval, wilson
+from tokenreduce.compare.statistics import holm, loss_p, mcnemar, pareto, score_interval, wilson
 
 ALPHA = 0.05
 HOLDS, REVERSED, OPEN, NOT_RUN = "holds", "reversed", "not settled", "not run"
 FAILS, ABSENT = "fails", "absent"
 SMALL = 0.03
-"""An ordering whose interval ends below so many points is not there at any size that would matter."""
+"""An ordering whose advantage is less than so many points is not there at any size that would matter."""
 Answers = Mapping[int, dict[str, Any]]
 
 
@@ -93,11 +93,16 @@ def paired(one: Answers, other: Answers) -> dict[str, Any]:
         "only_this": better,
         "only_other": worse,
         "p": mcnemar(better, worse),
+        # Against an advantage of SMALL: a loss of as much, seen from the other side.
+        "p_absent": loss_p(worse, better, len(pairs), SMALL),
     }
 
 
 def judge(claims: tuple[Claim, ...], answers: Mapping[tuple[str, str], Answers]) -> list[dict[str, Any]]:
-    """Each claim with its numbers and a verdict; the p-values of orderings are corrected for their number (Holm)."""
+    """Each claim with its numbers and a verdict.
+
+    Orderings that hold, are reversed or are absent are verdicts of one family: Holm corrects the p-values of all together.
+    """
     made = []
     for claim in claims:
         one, other = (answers[claim.condition.key, arm] for arm in (claim.better, claim.worse))
@@ -115,8 +120,9 @@ def judge(claims: tuple[Claim, ...], answers: Mapping[tuple[str, str], Answers])
             }
         )
     orderings = [m for m in made if m["within"] is None and "p" in m]
-    for m, p in zip(orderings, holm([m["p"] for m in orderings]), strict=True):
-        m["p_holm"] = p
+    corrected = holm([m[p] for p in ("p", "p_absent") for m in orderings])
+    for m, p, p_absent in zip(orderings, corrected, corrected[len(orderings) :], strict=False):
+        m["p_holm"], m["p_absent_holm"] = p, p_absent
     for m in made:
         m["verdict"] = verdict(m)
     return made
@@ -128,7 +134,7 @@ def verdict(claim: Mapping[str, Any]) -> str:
         return NOT_RUN
     if claim["within"] is None:
         if claim["p_holm"] > ALPHA or claim["difference"] == 0:
-            return ABSENT if claim["difference_interval"][1] < SMALL else OPEN
+            return ABSENT if claim["p_absent_holm"] <= ALPHA else OPEN
         return HOLDS if claim["difference"] > 0 else REVERSED
     if "of" not in claim:
         return OPEN

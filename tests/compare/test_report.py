@@ -80,7 +80,9 @@ def test_a_summary_by_hand(store: Store) -> None:
     assert (better["only_arm"], better["only_baseline"], better["p"], better["p_holm"]) == (0, 1, 1.0, 1.0)
     assert (random["only_arm"], random["only_baseline"]) == (0, 20)
     assert random["p"] == 2 / 2**20
-    assert random["p_holm"] == 4 * random["p"]
+    # Four arms, and of each whether it differs and whether it keeps the accuracy.
+    assert random["p_holm"] == 8 * random["p"]
+    assert [arm["verdict"] for arm in summary["arms"][1:]] == ["not settled", "not settled", "loses", "loses"]
     assert random["mark"] == "***"
     assert random["power"]["0.1"] == pytest.approx(power(30, (2 / 3 + 0.1) / 2, (2 / 3 - 0.1) / 2))
     assert random["difference_interval"][1] < 0

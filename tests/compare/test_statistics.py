@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenreduce.compare.statistics import (
+    examples_for_bound,
     examples_needed,
     holm,
+    loss_p,
     mcnemar,
-    paired_bootstrap,
     pareto,
     power,
+    reach,
     score_interval,
     shuffled_agreement,
     wilson,
@@ -54,25 +56,6 @@ def test_mcnemar_by_hand_and_where_floats_end() -> None:
     assert mcnemar(1000, 1000) == 1.0
     assert 0 < mcnemar(900, 1100) < 1e-4
     assert mcnemar(0, 5000) == 0.0
-
-
-def test_bootstrap_agrees_with_every_resample() -> None:
-    values = [1, 0, 0, -1, 1]
-    means = np.sort([np.mean(drawn) for drawn in itertools.product(values, repeat=5)])
-    low, high = paired_bootstrap(values, seed=3, samples=200_000)
-    assert low == pytest.approx(np.quantile(means, 0.025), abs=1e-9)
-    assert high == pytest.approx(np.quantile(means, 0.975), abs=1e-9)
-    assert paired_bootstrap(values, seed=3) == paired_bootstrap(values, seed=3)
-    assert paired_bootstrap([0, 0, 0], seed=1) == (0.0, 0.0)
-    assert all(math.isnan(end) for end in paired_bootstrap([], seed=1))
-
-
-def test_bootstrap_of_other_than_signs_agrees_with_drawing_examples() -> None:
-    values = np.random.default_rng(0).normal(size=60)
-    drawn = np.random.default_rng(1).choice(values, size=(40_000, 60)).mean(1)
-    assert paired_bootstrap(values, seed=2, samples=40_000) == pytest.approx(
-        np.quantile(drawn, [0.025, 0.975]), abs=0.01
-    )
 
 
 def test_holm_by_hand() -> None:
@@ -156,3 +139,44 @@ def _tango(b: int, c: int, n: int, delta: float) -> float:
     likelihood = b * np.log(other) + c * np.log(shares) + (n - b - c) * np.log(1 - shares - other)
     share = float(shares[likelihood.argmax()])
     return float((b - c - n * delta) / np.sqrt(n * (2 * share + delta * (1 - delta))))
+
+
+@pytest.mark.parametrize("examples", [30, 60, 200])
+@pytest.mark.parametrize(("better", "worse"), [(0.0, 0.01), (0.005, 0.02), (0.02, 0.05), (0.1, 0.1), (0.05, 0.2)])
+def test_the_score_interval_covers_what_it_promises(examples: int, better: float, worse: float) -> None:
+    """By summing over every outcome: a percentile bootstrap covers 0.26 to 0.9 of them where losses are rare."""
+    covered = 0.0
+    logs = [math.lgamma(k + 1) for k in range(examples + 1)]
+    shares = (better, worse, 1 - better - worse)
+    for b in range(examples + 1):
+        for w in range(examples + 1 - b):
+            rest = examples - b - w
+            if (b and not better) or (w and not worse):
+                continue
+            chance = logs[examples] - logs[b] - logs[w] - logs[rest]
+            chance += sum(k * math.log(share) for k, share in zip((b, w, rest), shares, strict=True) if k)
+            if chance > -18:
+                low, high = score_interval(b, w, examples)
+                covered += math.exp(chance) * (low <= better - worse <= high)
+    assert covered > 0.93
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "pairs"), [(0, 0, 100), (0, 0, 128), (0, 0, 129), (2, 3, 300), (5, 1, 60), (0, 4, 500)]
+)
+def test_the_test_against_a_loss_is_the_interval(better: int, worse: int, pairs: int) -> None:
+    excluded = score_interval(better, worse, pairs).low > -0.03
+    assert (loss_p(better, worse, pairs, 0.03) < 0.05) == excluded
+
+
+@pytest.mark.parametrize(("loss", "examples"), [(0.003, 1277), (0.014, 271), (0.03, 125)])
+def test_what_so_many_examples_can_exclude(loss: float, examples: int) -> None:
+    assert examples_for_bound(loss) == examples
+    assert score_interval(0, 0, examples).low >= -loss > score_interval(0, 0, examples - 1).low
+    assert reach(examples).excluded_loss <= loss
+
+
+def test_what_so_many_examples_can_show() -> None:
+    assert reach(20).least_difference == 6  # 2 / 2**6 = 0.031
+    assert reach(20, comparisons=10).least_difference == 9
+    assert reach(5).least_difference is None

@@ -161,24 +161,38 @@ def _settings(
 def _run(settings: Settings, output: Path, pictures: int, ray: str | None, gpus_per_worker: int) -> dict[str, Any]:
     from rich.console import Console
 
+    from tokenreduce.compare.answer import forewarning
     from tokenreduce.compare.run import compare
 
     console = Console(stderr=True)
     with console.status("loading the model") as status:
+        warned = False
+
+        def tell(done: int, asked: int) -> None:
+            nonlocal warned
+            if not warned:  # When nothing was refused, and before the first example.
+                console.print(forewarning(settings.examples, len(settings.arms) - 1))
+            warned = True
+            status.update(f"{done} of {asked} examples")
+
         return compare(
             settings,
             output,
             pictures=pictures,
             ray=ray,
             gpus_per_worker=gpus_per_worker,
-            tell=lambda done, asked: status.update(f"{done} of {asked} examples"),
+            tell=tell,
         )
 
 
 def _print(summary: dict[str, Any]) -> None:
     from tokenreduce.cli._output import print_table
+    from tokenreduce.compare.answer import answer
     from tokenreduce.compare.report import facts, tables
 
+    for sentence in answer(summary):
+        print(sentence)
+    print()
     for fact in facts(summary)[:4]:
         print(fact)
     main, costs, _, checks = tables(summary)

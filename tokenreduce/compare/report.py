@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tokenreduce.compare.answer import answer
 from tokenreduce.compare.store import Store, write_file
 from tokenreduce.compare.tables import (
     Table,
@@ -40,7 +41,7 @@ def write_report(store: Store, summary: Mapping[str, Any]) -> list[Path]:
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
-    parts = [f"# {title(summary)}", " ".join(facts(summary))]
+    parts = [f"# {title(summary)}", *answer(summary), " ".join(facts(summary))]
     for table in tables(summary):
         parts += [f"## {table.title}", table.markdown(), *table.notes]
     return "\n\n".join(parts) + "\n"
@@ -55,6 +56,7 @@ def page(summary: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> s
     script = "\n".join(['"use strict";', *(_template(name) for name in ("draw.js", "plots.js", "report.js"))])
     parts = {
         "title": escape(title(summary)),
+        "answer": "".join(f"<p>{escape(sentence)}</p>" for sentence in answer(summary)),
         "facts": "".join(f"<li>{escape(fact)}</li>" for fact in facts(summary)),
         "main": main.html("arm"),
         "costs": costs.html("arm"),
@@ -91,7 +93,7 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
         f"Model: {models}. Run on {'; '.join(summary['ran_on']) or 'a device that was not recorded'}.",
         f"Task: {', '.join(f'{name} {_plain(value)}' for name, value in task.items())}; seed {summary['seed']}.",
         f"Differences are against {summary['baseline']}; p-values are McNemar's exact test with Holm's correction: "
-        "*** p < 0.001, ** p < 0.01, * p < 0.05. Intervals are 95 %: Wilson for shares, paired bootstrap for differences.",
+        "*** p < 0.001, ** p < 0.01, * p < 0.05. Intervals are 95 %: Wilson's for shares, Tango's for paired differences.",
         f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by tokenreduce {summary['tokenreduce']}.",
     ]
 

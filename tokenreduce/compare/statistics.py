@@ -10,10 +10,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-SAMPLES = 10_000
-"""Bootstrap samples."""
+from numpy.typing import NDArray
 
 
 class Interval(NamedTuple):
@@ -47,6 +44,14 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, float(2 * tail / 2**discordant))  # whole numbers, divided once: exact for any count
 
 
+def score(better: int, worse: int, pairs: int, delta: float) -> float:
+    """Tango's score (1998) of a paired difference `delta`: standard normal, about, where it is true."""
+    a, b = 2 * pairs, (2 * pairs - better + worse) * delta - better - worse
+    share = (math.sqrt(max(b * b + 4 * a * worse * delta * (1 - delta), 0.0)) - b) / (2 * a)
+    spread = pairs * (2 * share + delta * (1 - delta))
+    return (better - worse - pairs * delta) / math.sqrt(spread) if spread > 0 else 0.0
+
+
 def score_interval(better: int, worse: int, pairs: int, level: float = 0.95) -> Interval:
     """Tango's score interval (1998) of the paired difference (better − worse) / pairs.
 
@@ -54,35 +59,24 @@ def score_interval(better: int, worse: int, pairs: int, level: float = 0.95) -> 
     """
     z = NormalDist().inv_cdf((1 + level) / 2)
 
-    def score(delta: float) -> float:
-        a, b = 2 * pairs, (2 * pairs - better + worse) * delta - better - worse
-        share = (math.sqrt(max(b * b + 4 * a * worse * delta * (1 - delta), 0.0)) - b) / (2 * a)
-        spread = pairs * (2 * share + delta * (1 - delta))
-        return (better - worse - pairs * delta) / math.sqrt(spread) if spread > 0 else 0.0
-
     def end(inside: float, outside: float) -> float:
         for _ in range(60):
             middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if abs(score(middle)) <= z else (inside, middle)
+            found = abs(score(better, worse, pairs, middle)) <= z
+            inside, outside = (middle, outside) if found else (inside, middle)
         return inside
 
     difference = (better - worse) / pairs
     return Interval(end(difference, -1.0), end(difference, 1.0))
 
 
-def paired_bootstrap(differences: ArrayLike, seed: int, samples: int = SAMPLES, level: float = 0.95) -> Interval:
-    """Percentile interval of the mean of paired `differences`, examples drawn with replacement.
+def loss_p(better: int, worse: int, pairs: int, loss: float) -> float:
+    """Two-sided p of Tango's score test against a true loss of `loss`, 1 unless less than that was seen.
 
-    The same seed gives the same interval. (−1, 1) would say nothing; without examples it is (nan, nan).
+    It is at most 1 − level exactly where the lower end of `score_interval` at that level lies above −loss.
     """
-    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
-    n = int(counts.sum())
-    if n == 0:
-        return Interval(math.nan, math.nan)
-    # Drawing n examples and counting equal differences is one multinomial draw.
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=samples)
-    low, high = np.quantile(drawn @ values / n, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
+    seen = score(better, worse, pairs, -loss)
+    return 2 * NormalDist().cdf(-seen) if seen > 0 else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -146,6 +140,29 @@ def examples_needed(discordant: float, difference: float, power: float = 0.8, al
     normal = NormalDist()
     reach = normal.inv_cdf(1 - alpha / 2) * math.sqrt(share) + normal.inv_cdf(power) * math.sqrt(share - size**2)
     return math.ceil((reach / size) ** 2)
+
+
+def examples_for_bound(loss: float, level: float = 0.95) -> int:
+    """Fewest examples after which a loss of `loss` or more is excluded, if no answer differs. With fewer, nothing excludes it."""
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    return math.ceil(z2 * (1 - loss) / loss)
+
+
+class Reach(NamedTuple):
+    """What so many examples can decide, whatever the answers will be."""
+
+    excluded_loss: float
+    """Share of the examples: the smallest loss that can be excluded, where no answer differs."""
+    least_difference: int | None
+    """Answers that must differ, all one way, for the exact test to be significant; None where all of them are too few."""
+
+
+def reach(examples: int, comparisons: int = 1, alpha: float = 0.05) -> Reach:
+    """What `examples` can decide in a family of so many comparisons, each held to alpha / comparisons (Holm's first step)."""
+    own = alpha / max(comparisons, 1)
+    z2 = NormalDist().inv_cdf(1 - own / 2) ** 2
+    least = next((k for k in range(1, examples + 1) if mcnemar(k, 0) <= own), None)
+    return Reach(z2 / (examples + z2), least)
 
 
 def shuffled_agreement(said: Sequence[Hashable], expected: Sequence[Hashable], seed: int) -> tuple[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,15 +14,21 @@ from tokenreduce.compare.checks import check_shuffled
 from tokenreduce.compare.statistics import (
     examples_needed,
     holm,
+    loss_p,
     mcnemar,
-    paired_bootstrap,
     pareto,
     power,
+    reach,
+    score_interval,
     wilson,
 )
 from tokenreduce.compare.store import Store
 
 Row = Mapping[str, Any]
+MARGIN = 0.03
+"""A loss of accuracy below which an arm counts as one that keeps it: three points."""
+ALPHA = 0.05
+"""Chance of any false verdict among all verdicts of a comparison."""
 DIFFERENCES = (0.02, 0.05, 0.10)
 """Differences of accuracy for which the number of examples needed is told."""
 BINS = 5
@@ -40,11 +47,14 @@ def summarise(store: Store, arms: Sequence[Arm]) -> dict[str, Any]:
     tested = [entry for entry in entries if entry["name"] != baseline and entry["examples"]]
     if rows[baseline]:
         for entry in tested:
-            entry.update(_against(rows[entry["name"]], rows[baseline], seed))
+            entry.update(_against(rows[entry["name"]], rows[baseline]))
             _speed(entry, next(other for other in entries if other["name"] == baseline))
         compared = [entry for entry in tested if "p" in entry]
-        for entry, p in zip(compared, holm([entry["p"] for entry in compared]), strict=True):
-            entry["p_holm"], entry["mark"] = p, mark(p)
+        # "Differs" and "keeps the accuracy" are verdicts of one family: both are corrected for the number of both.
+        corrected = holm([entry[p] for p in ("p", "p_loss") for entry in compared])
+        for entry, p, p_loss in zip(compared, corrected, corrected[len(compared) :], strict=False):
+            entry["p_holm"], entry["p_loss_holm"], entry["mark"] = p, p_loss, mark(p)
+            entry["verdict"] = verdict(entry)
     held = [entry for entry in entries if entry["examples"]]
     front = pareto([(entry["relative_flops"], entry["accuracy"]) for entry in held])
     for entry, on in zip(held, front, strict=True):
@@ -61,8 +71,47 @@ def summarise(store: Store, arms: Sequence[Arm]) -> dict[str, Any]:
         "examples": {"asked": asked, "finished": finished},
         "complete": finished >= asked,
         "arms": entries,
+        "pairs": _pairs(rows),
+        "margin": MARGIN,
+        "reach": reach(finished, 2 * (len(arms) - 1))._asdict(),
         "checks": checks,
     }
+
+
+KEEPS, LOSES, GAINS, OPEN = "keeps the accuracy", "loses", "gains", "not settled"
+
+
+def verdict(entry: Mapping[str, Any]) -> str:
+    """What the corrected tests say of an arm: it loses or gains, or keeps the accuracy within MARGIN, or nothing is settled.
+
+    An arm may lose, and certainly less than MARGIN: then it keeps the accuracy."""
+    if entry["p_loss_holm"] <= ALPHA:
+        return GAINS if entry["p_holm"] <= ALPHA and entry["difference"] > 0 else KEEPS
+    if entry["p_holm"] <= ALPHA:
+        return LOSES if entry["difference"] < 0 else GAINS
+    return OPEN
+
+
+def _pairs(rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """Every two arms on the examples that both have; their p-values are corrected for the number of pairs."""
+    right = {name: {row["index"]: bool(row["right"]) for row in own} for name, own in rows.items() if own}
+    made: list[dict[str, Any]] = []
+    for one, other in itertools.combinations(right, 2):
+        both = right[one].keys() & right[other].keys()
+        alone = sum(right[one][i] and not right[other][i] for i in both)
+        other_alone = sum(right[other][i] and not right[one][i] for i in both)
+        if both:
+            made.append(
+                {
+                    "arms": [one, other],
+                    "only": [alone, other_alone],
+                    "examples": len(both),
+                    "p": mcnemar(alone, other_alone),
+                }
+            )
+    for pair, p in zip(made, holm([pair["p"] for pair in made]), strict=True):
+        pair["p_holm"] = p
+    return made
 
 
 def mark(p: float) -> str:
@@ -106,7 +155,7 @@ def _arm(arm: Arm, rows: Sequence[Row], placed: bool) -> dict[str, Any]:
     return entry
 
 
-def _against(rows: Sequence[Row], baseline: Sequence[Row], seed: int) -> dict[str, Any]:
+def _against(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
     """Paired statistics on the examples that both arms have."""
     other = {row["index"]: bool(row["right"]) for row in baseline}
     pairs = [(bool(row["right"]), other[row["index"]]) for row in rows if row["index"] in other]
@@ -114,14 +163,14 @@ def _against(rows: Sequence[Row], baseline: Sequence[Row], seed: int) -> dict[st
         return {}
     better = sum(a and not b for a, b in pairs)
     worse = sum(b and not a for a, b in pairs)
-    differences = [int(a) - int(b) for a, b in pairs]
     discordant = (better + worse) / len(pairs)
     return {
-        "difference": statistics.fmean(differences),
-        "difference_interval": list(paired_bootstrap(differences, seed)),
+        "difference": (better - worse) / len(pairs),
+        "difference_interval": list(score_interval(better, worse, len(pairs))),
         "only_arm": better,
         "only_baseline": worse,
         "p": mcnemar(better, worse),
+        "p_loss": loss_p(better, worse, len(pairs), MARGIN),
         "examples_needed": {f"{d:g}": examples_needed(discordant, d) for d in DIFFERENCES},
         "power": {f"{d:g}": _power(len(pairs), discordant, d) for d in DIFFERENCES},
     }
