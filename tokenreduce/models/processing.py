@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoProcessor, BatchFeature, PreTrainedModel
 
-from tokenreduce.errors import CheckpointError, UnsupportedError
+from tokenreduce.errors import CheckpointError, UnsupportedError, foreign
 from tokenreduce.media.video import FPS, MAX_FRAMES, sample_indices
 from tokenreduce.models.checkpoint import message_of
 from tokenreduce.models.loading import family_of
@@ -107,21 +107,28 @@ def _prepare_with_transformers(model: PreTrainedModel, request: VideoQuestion, p
         }
         extra = {"do_sample_frames": False, "video_metadata": [metadata]}
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **extra
-    )
+    with foreign(CheckpointError, f"{model.name_or_path}: its processor cannot make inputs of this"):
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **extra
+        )
     return BatchFeature(dict(inputs))
 
 
 def _hf_processor(model: PreTrainedModel) -> Any:
     try:
-        return AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False)
     except ImportError as error:
         raise UnsupportedError(
             f"{type(model).__name__}: its Hugging Face processor needs a package that is not installed "
             f"({message_of(error).split('. ')[0]}); install it, usually torchvision, or build the inputs by hand"
         ) from None
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # each processor class has its own kinds
         raise CheckpointError(
             f"{model.name_or_path}: no processor could be read ({message_of(error)}); give prepare(processor=…)"
-        ) from None
+        ) from error
+    if not any(getattr(processor, part, None) is not None for part in ("image_processor", "video_processor")):
+        raise UnsupportedError(
+            f"{model.name_or_path}: {type(model).__name__} has no processor for pictures; give a video language model, or "
+            "prepare(processor=…)"
+        )
+    return processor

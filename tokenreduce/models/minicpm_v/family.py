@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import BatchFeature, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
 
-from tokenreduce.errors import CheckpointError, UnsupportedError
+from tokenreduce.config.json_source import shown
+from tokenreduce.errors import CheckpointError, UnsupportedError, foreign
 from tokenreduce.models.checkpoint import LoadOptions, load_strict, read_json
 from tokenreduce.models.family import Family
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVConfig, MiniCPMVForConditionalGeneration
@@ -69,7 +70,8 @@ class MiniCPMVFamily(Family):
             raise CheckpointError(
                 f"{folder}: no tokenizer.json and no vocab.json; copy the checkpoint's tokenizer files there"
             )
-        return Qwen2Tokenizer.from_pretrained(folder)
+        with foreign(CheckpointError, f"{shown(folder)}: its tokenizer cannot be read"):
+            return Qwen2Tokenizer.from_pretrained(folder)
 
     def prepare(self, model: PreTrainedModel, request: VideoQuestion, processor: Any) -> BatchFeature:
         """Inputs for `model(**inputs)` and `model.generate(**inputs)`; `build_video_inputs` says what they are."""
