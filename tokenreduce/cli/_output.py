@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenreduce.errors import TokenReduceError
+from tokenreduce.errors import TokenReduceError, plain
 
 
 def print_json(data: Any) -> None:
-    """Indented JSON on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Indented JSON on stdout, in ASCII where stdout is not UTF-8. Under --json nothing else gets there."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(data, indent=2, ensure_ascii=not unicode) + "\n"
+    getattr(sys.stdout, "result", sys.stdout.write)(text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table that wraps on a terminal, and lines of aligned columns anywhere else."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _print_rich(columns, rows)
         return

@@ -25,16 +25,18 @@ def run_command(
     budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name.")] = "embedded",
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be new. Default: runs/NAME.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second to sample. Default: 1; for the demo 4.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.001, max=1e6, help="Frames per second to sample. Default: 1; for the demo 4.")
+    ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(help="Frames at most. Default: 64; for the embedded model 32.")
+        int | None, typer.Option(min=1, max=100_000, help="Frames at most. Default: 64; for the embedded model 32.")
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     attn: Attention = None,
     device_map: DeviceMap = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills per arm, after one warm-up.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, at most.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Timed prefills per arm, after one warm-up.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Length of the answer, at most.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that exists.")] = False,
 ) -> None:
     """Ask a model about a video, dense and with each pipeline, and show what was kept, saved and changed.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenreduce.config.json_source import exists, expanded
 from tokenreduce.errors import MediaError
 
 FPS, MAX_FRAMES = 1.0, 64
@@ -92,7 +93,7 @@ def sample_indices(
         raise MediaError(f"frames per second must be above 0, got fps={fps} for a video of {avg_fps}")
     if max_frames < 1:
         raise MediaError(f"max_frames must be at least 1, got {max_frames}")
-    indices = list(range(0, total, max(1, round(avg_fps / fps))))
+    indices = list(range(0, total, max(1, round(min(avg_fps / fps, total)))))
     if len(indices) > max_frames or force_sample:
         return [int(index) for index in np.linspace(0, total - 1, max_frames, dtype=int)]
     return indices
@@ -183,13 +184,15 @@ class _Reader:
     """An open file and its first video stream; errors of the decoder come out as one-line MediaErrors."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path, MediaError)
 
     def __enter__(self) -> _Reader:
-        if self.path.is_dir():
+        if exists(self.path) and self.path.is_dir():
             raise MediaError(f"{self.path}: a directory; give a video file")
-        if not self.path.exists():
+        if not exists(self.path):
             raise MediaError(f"{self.path}: no such file")
+        if not self.path.is_file():
+            raise MediaError(f"{self.path}: is not a regular file; give a video file")
         try:
             self.container = av.open(str(self.path))
         except (av.error.FFmpegError, OSError) as error:
