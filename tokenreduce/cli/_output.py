@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenreduce.errors import TokenReduceError, plain
+from tokenreduce.config.outputs import reserved, unwritable, write_file
+from tokenreduce.errors import plain
 
 
 def print_json(data: Any) -> None:
@@ -31,13 +32,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def write_new(path: Path, text: str, *, force: bool) -> None:
     """Write a text file. An existing one is kept, with an error, unless `force`."""
-    try:
-        with path.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise TokenReduceError(f"{path} exists; give another --output, or --force to overwrite it") from None
-    except OSError as error:
-        raise TokenReduceError(f"{path} cannot be written: {error.strerror}") from None
+    with reserved(path, force):
+        try:
+            write_file(path, text)
+        except OSError as error:
+            raise unwritable(path, error) from None
 
 
 def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loading_of
+from tokenreduce.errors import plain
 
 if TYPE_CHECKING:
+    from tokenreduce.cli._media import Asking
     from tokenreduce.compare.side_by_side import MeasuredArm
+    from tokenreduce.pipeline import Pipeline
 
 
 def run_command(
@@ -52,13 +54,23 @@ def run_command(
     if budget is not None:
         pipelines = [loaded.with_budget(budget) for loaded in pipelines]
     from tokenreduce.cli._media import read_question
+    from tokenreduce.config.outputs import give_back, reserve_folder
 
     asking = read_question(video, question, model, fps, max_frames)
     where = loading_of(device, dtype, attn, device_map)
     folder = output or Path("runs") / asking.name
-    _check_folder(folder, force)
+    made = reserve_folder(folder, force)
+    try:
+        _measure_and_write(asking, where, folder, pipelines, repeats, new_tokens)
+    finally:
+        give_back(made)
 
+
+def _measure_and_write(
+    asking: Asking, where: dict[str, Any], folder: Path, pipelines: list[Pipeline], repeats: int, new_tokens: int
+) -> None:
     from tokenreduce.compare.side_by_side import measure
+    from tokenreduce.models.placement import placement_line
 
     loaded, note = asking.load(where)
     with _progress() as tell:
@@ -73,24 +85,23 @@ def run_command(
             decode=asking.decoder(loaded),
             progress=tell,
         )
-        tell("drawing")
-        from tokenreduce.cli._report import write_folder
-
-        folder.mkdir(parents=True, exist_ok=True)
-        written = write_folder(folder, loaded, inputs, arms, asking)
-    from tokenreduce.models.placement import placement_line
-
-    print(f"model: {model} on {placement_line(loaded)}")
+    # Before anything is written: what was measured is not lost to a full disk.
+    print(f"model: {plain(asking.model)} on {placement_line(loaded)}")
     _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
+    from tokenreduce.cli._report import save_folder
+
+    with _progress() as tell:
+        tell("drawing")
+        written = save_folder(folder, loaded, inputs, arms, asking)
     for line in (*note, *written):
-        print(line)
+        print(plain(line))
 
 
 def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: int) -> None:
     from tokenreduce.cli._output import print_table
 
     dense = arms[0]
-    print(f"question: {question}" + (f" (expected: {expected})" if expected else ""))
+    print(plain(f"question: {question}" + (f" (expected: {expected})" if expected else "")))
     print(f"input: {width} tokens")
     rows = []
     dense_tokens = sum(dense.counts.tokens)
@@ -113,19 +124,11 @@ def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: 
     for arm in arms:
         for stage in arm.trace.stages if arm.trace is not None else []:
             if stage.site.startswith("vision."):
-                print(f"{arm.name}: {stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}")
-
-
-def _check_folder(folder: Path, force: bool) -> None:
-    """Refuse, before any work, a folder that exists or could not be made."""
-    from tokenreduce.errors import TokenReduceError
-
-    if folder.exists() and not (force and folder.is_dir()):
-        remedy = "or --force to write into it" if folder.is_dir() else "it is not a folder"
-        raise TokenReduceError(f"{folder} exists; give another --output, {remedy}")
-    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise TokenReduceError(f"{folder} cannot be written: {parent} is not a folder one can write to")
+                print(
+                    plain(f"{arm.name}: {stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}")
+                )
+        if not arm.finite:
+            print(f"{arm.name}: its logits are not finite (NaN or infinite), so that its answer means nothing")
 
 
 def _progress() -> Any:
