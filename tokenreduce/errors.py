@@ -7,8 +7,7 @@ Each message is one line that says what is wrong and what to do about it, becaus
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -67,17 +66,6 @@ def call_plugin(who: str, call: Callable[[], T]) -> T:
         raise PluginError(f"{who} failed: {line}") from error
 
 
-@contextmanager
-def foreign(kind: type[TokenReduceError], what: str) -> Iterator[None]:
-    """Around another library's code at work on somebody else's file: what it raises becomes `kind`, `what` and the reason."""
-    try:
-        yield
-    except (TokenReduceError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # Panics of tokenizers' Rust are no Exception.
-        raise kind(f"{what} ({one_line(error, 200)})") from error
-
-
 def one_line(error: BaseException, limit: int = 400) -> str:
     """`error` as part of a message: its type and its text, which may have many lines or fail itself."""
     try:
@@ -86,15 +74,6 @@ def one_line(error: BaseException, limit: int = 400) -> str:
         text = "its text cannot be had"
     text = text if len(text) <= limit else f"{text[: limit - 1]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def plain(text: object) -> str:
-    """Text for a terminal, in one line: control characters and what turns the direction of writing are shown, not sent."""
-    return "".join(each if each.isprintable() else _shown(each) for each in " ".join(str(text).split()))
-
-
-def _shown(character: str) -> str:
-    return character if character in "\u00a0\u3000" else character.encode("unicode_escape").decode()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

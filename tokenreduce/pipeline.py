@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from tokenreduce import plugins
 from tokenreduce.budget import Budget
-from tokenreduce.config.json_source import exists
 from tokenreduce.config.problems import KnownFields, describe, problem
 from tokenreduce.config.yaml_source import MAX_DEPTH, MAX_NODES, Loc, Source, is_text, read_yaml, short, write_yaml
 from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, call_plugin, nearest, one_line
@@ -240,11 +239,18 @@ def _open(source: str | Path | Mapping[str, Any]) -> Source:
     presets = plugins.presets()
     if isinstance(source, str) and source in presets:
         return _mapping(read_yaml(presets[source]))
-    is_path = isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source or exists(source)
+    is_path = isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source or _exists(source)
     if not is_path:
         why = plugins.why_left_out(str(source))
         raise PipelineError(f"no preset and no file is called {short(source)}{why or nearest(str(source), presets)}")
     return _mapping(read_yaml(Path(source)))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _mapping(source: Source) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tokenreduce.errors import MediaError
-from tokenreduce.media import video
+from tokenreduce.media.reader import Index, Reader
 from tokenreduce.media.video import VideoClip, decode_frames, read_video, sample_indices, video_info
 
 WriteVideo = Callable[..., Path]
@@ -105,23 +106,23 @@ class TestDecoding:
     def test_jumps_over_what_nobody_asked_for(self, write_video: WriteVideo, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_video("clip.mp4", g="10", bf="0")
         decoded = 0
-        frames = video._Reader.frames
+        frames = Reader.frames
 
-        def counting(reader: video._Reader) -> object:
+        def counting(reader: Reader) -> object:
             nonlocal decoded
             for frame in frames(reader):
                 decoded += 1
                 yield frame
 
-        monkeypatch.setattr(video._Reader, "frames", counting)
+        monkeypatch.setattr(Reader, "frames", counting)
         decode_frames(path, [0, 60, 62])
         assert decoded == 1 + 3
 
     def test_a_landing_beyond_the_target_is_read_from_the_start(self, write_video: WriteVideo) -> None:
         path = write_video("clip.mp4", g="12")
         info = video_info(path)
-        assert info.pts is not None
-        lying = video.VideoInfo(info.frames, info.fps, WIDTH, HEIGHT, info.pts, (*info.pts[:1], info.pts[59]))
+        assert info.index is not None
+        lying = replace(info, index=Index(info.index.pts, info.index.pts[[0, 59]]))
         assert np.array_equal(decode_frames(path, [59], info=lying)[0], every_frame(path)[59])
 
     def test_a_clip_knows_its_times(self, write_video: WriteVideo) -> None:
@@ -214,6 +215,6 @@ class TestBadInput:
 
     def test_frames_that_cannot_be_decoded(self, write_video: WriteVideo) -> None:
         path = write_video("clip.avi", "mpeg4")
-        more = video.VideoInfo(FRAMES + 5, RATE, WIDTH, HEIGHT)
+        more = replace(video_info(path), times=np.arange(FRAMES + 5) / RATE)
         with pytest.raises(MediaError, match=rf"frame {FRAMES + 4} of {FRAMES + 5} cannot be decoded"):
             decode_frames(path, [0, FRAMES + 4], info=more)

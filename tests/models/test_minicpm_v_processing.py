@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,8 +137,9 @@ def test_a_request_is_sampled_and_built(monkeypatch: pytest.MonkeyPatch) -> None
     shown = [frame(60, 80, seed) for seed in range(3)]
     asked: list[list[int]] = []
 
-    def clip(self: VideoQuestion, choose: object) -> SimpleNamespace:
-        asked.append(choose(SimpleNamespace(frames=90, fps=30.0)))
+    def clip(self: VideoQuestion, rule: Callable[..., list[int]], *, count: bool) -> SimpleNamespace:
+        assert count, "its authors count frames"
+        asked.append(rule(90, 30.0, self.fps))
         return SimpleNamespace(frames=shown)
 
     monkeypatch.setattr(VideoQuestion, "clip", clip)

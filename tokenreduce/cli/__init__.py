@@ -9,6 +9,7 @@ package.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
 import warnings
@@ -17,8 +18,7 @@ from typing import Annotated
 import typer
 
 from tokenreduce import __version__
-from tokenreduce.cli._terminal import guarded
-from tokenreduce.errors import TokenReduceError, plain
+from tokenreduce.errors import TokenReduceError
 
 FIRST = ("run", "compare", "plan", "validate")
 """Commands that head the list in `--help`; the others follow in alphabetical order."""
@@ -35,18 +35,12 @@ Examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for an error the user can mend, 130 for an interrupt.
-
-    1 where the reader of our output has gone, or where an error is a bug of ours.
-    """
-    return guarded(_main, arguments)
-
-
-def _main(arguments: list[str]) -> int:
+    """Run one command. Returns the exit code: 0, 2 for an error the user can mend, 130 for an interrupt."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             code = application()(args=arguments, prog_name="tokenreduce", standalone_mode=False)
+            sys.stdout.flush()
             return _finish(code if isinstance(code, int) else 0)
         except typer.TyperException as error:
             return _fail(error.format_message())
@@ -54,6 +48,10 @@ def _main(arguments: list[str]) -> int:
             return _fail(str(error))
         except (KeyboardInterrupt, typer.Abort):
             return _finish(130)
+        except BrokenPipeError:
+            # Whoever read our output has gone; Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
 
 
 def application() -> typer.Typer:
@@ -91,9 +89,9 @@ def _finish(code: int) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {plain(message)}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"warning: {plain(message)}", file=sys.stderr)
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What `run` is asked: a video file or the demo, and the model to ask."""
+"""What `run` is asked: a video or the demo, and the model to ask."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenreduce.errors import MediaError
-from tokenreduce.media.video import FPS, VideoClip, decode_frames, sample_indices, video_info
-from tokenreduce.testbed.embedded import EMBEDDED, MAX_FRAMES
+from tokenreduce.media.reader import local_path
+from tokenreduce.media.video import FPS, MAX_FRAMES, VideoClip, VideoInfo, check_sampling, video_info
+from tokenreduce.testbed.embedded import EMBEDDED
+from tokenreduce.testbed.embedded import MAX_FRAMES as EMBEDDED_FRAMES
 
 DEMO = "demo"
 DEFAULT_QUESTION = "Describe the video."
@@ -29,10 +31,14 @@ class Asking:
     """Text."""
     model: str
     """Checkpoint folder, hub name or `embedded`."""
-    clip: VideoClip
-    """The sampled frames."""
-    shown: NDArray[np.uint8]
-    """The same frames as the report draws them, (F, H, W, 3) uint8 RGB."""
+    clip: VideoClip | None = None
+    """The sampled frames; of a file they are known when a model is there, which chooses them."""
+    larger: NDArray[np.uint8] | None = None
+    """The same frames as the report draws them, where they differ, (F, H, W, 3) uint8 RGB."""
+    info: VideoInfo | None = None
+    """Of the file."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """`prepare`'s arguments about it: video, fps, max_frames."""
     expected: str | None = None
     """The answer, where it is known."""
     notes: list[str] = field(default_factory=list)
@@ -57,20 +63,19 @@ class Asking:
         return load_model(self.model, **loading), self.notes
 
     def prepare(self, model: Any) -> Any:
-        """Inputs for `model`."""
-        from tokenreduce.models import prepare
+        """Inputs for `model`; `clip` holds the frames afterwards."""
+        from tokenreduce.models import look, prepare
 
-        clip = self.clip
+        self.clip = self.clip or look(model, **self.sampling, info=self.info)
         # The embedded model spells numbers digit by digit: frame times would be a third of its input.
         times = self.model != EMBEDDED
-        return prepare(
-            model,
-            list(clip.frames),
-            self.question,
-            frame_times=clip.times,
-            duration=clip.duration,
-            time_instruction=times,
-        )
+        return prepare(model, self.clip, self.question, time_instruction=times)
+
+    @property
+    def shown(self) -> NDArray[np.uint8]:
+        """The frames as the report draws them, (F, H, W, 3) uint8 RGB."""
+        assert self.clip is not None, "drawn after `prepare`"
+        return self.clip.array() if self.larger is None else self.larger
 
     def decoder(self, model: Any) -> Callable[[Any], str] | None:
         """Token ids to text, by the tokenizer in the checkpoint's folder."""
@@ -83,18 +88,28 @@ class Asking:
         return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def read_question(video: str, question: str, model: str, fps: float | None, max_frames: int | None) -> Asking:
-    """Decode and sample `video`. Raises MediaError where it cannot be read."""
-    if video == DEMO and not Path(video).is_file():
+def read_question(
+    video: str,
+    question: str | None,
+    model: str,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    allow_truncated: bool = False,
+) -> Asking:
+    """What is asked. Raises MediaError where the file cannot be read, or an argument makes no sense."""
+    check_sampling(fps, max_frames)
+    if question is not None and not question.strip():
+        raise MediaError(f"the question is empty ({question!r}); leave it out to have the video described")
+    if video == DEMO and not Path(video).exists():
         return _demo(question, model)
-    info = video_info(video)
-    most = max_frames or (MAX_FRAMES if model == EMBEDDED else 64)
-    indices = sample_indices(info.frames, info.fps, fps or FPS, most)
-    clip = VideoClip.of(info, indices, decode_frames(video, indices, info=info))
-    return Asking(Path(video).stem, question or DEFAULT_QUESTION, model, clip, clip.array())
+    path = local_path(video)
+    info = None if path.is_dir() else video_info(path, allow_truncated=allow_truncated)
+    most = (EMBEDDED_FRAMES if model == EMBEDDED else MAX_FRAMES) if max_frames is None else max_frames
+    sampling = {"video": path, "fps": fps, "max_frames": most}
+    return Asking(path.stem, question or DEFAULT_QUESTION, model, info=info, sampling=sampling)
 
 
-def _demo(question: str, model: str) -> Asking:
+def _demo(question: str | None, model: str) -> Asking:
     """A real clip with numbered tiles drawn into some frames; the same tiles larger for the eye."""
     from tokenreduce.testbed.clips import demo_clip
     from tokenreduce.testbed.needle import NeedleSpec, NeedleTask
@@ -107,4 +122,4 @@ def _demo(question: str, model: str) -> Asking:
     frames = list(example.frames)
     clip = VideoClip(frames, [i / FPS for i in range(len(frames))], len(frames) / FPS, FPS, list(range(len(frames))))
     expected = None if question else example.answer
-    return Asking(DEMO, question or example.question, model, clip, larger.frames, expected)
+    return Asking(DEMO, question or example.question, model, clip, larger.frames, expected=expected)

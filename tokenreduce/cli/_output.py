@@ -8,20 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenreduce.config.outputs import reserved, unwritable, write_file
-from tokenreduce.errors import plain
+from tokenreduce.errors import TokenReduceError
 
 
 def print_json(data: Any) -> None:
-    """Indented JSON on stdout, in ASCII where stdout is not UTF-8. Under --json nothing else gets there."""
-    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
-    text = json.dumps(data, indent=2, ensure_ascii=not unicode) + "\n"
-    getattr(sys.stdout, "result", sys.stdout.write)(text)
+    """Indented JSON on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table that wraps on a terminal, and lines of aligned columns anywhere else."""
-    rows = [[plain(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _print_rich(columns, rows)
         return
@@ -32,11 +28,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def write_new(path: Path, text: str, *, force: bool) -> None:
     """Write a text file. An existing one is kept, with an error, unless `force`."""
-    with reserved(path, force):
-        try:
-            write_file(path, text)
-        except OSError as error:
-            raise unwritable(path, error) from None
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise TokenReduceError(f"{path} exists; give another --output, or --force to overwrite it") from None
+    except OSError as error:
+        raise TokenReduceError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

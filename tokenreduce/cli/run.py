@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loading_of
-from tokenreduce.errors import plain
 
 if TYPE_CHECKING:
-    from tokenreduce.cli._media import Asking
     from tokenreduce.compare.side_by_side import MeasuredArm
-    from tokenreduce.pipeline import Pipeline
 
 
 def run_command(
     video: Annotated[
-        str, typer.Argument(help="A video file, or `demo`: a real clip with numbered tiles drawn into it.")
+        str,
+        typer.Argument(
+            help="A video file, a folder of frame files (with --fps), or `demo`: a real clip with numbered tiles drawn into it."
+        ),
     ],
-    question: Annotated[str, typer.Option(help="What to ask.")] = "",
+    question: Annotated[str | None, typer.Option(help="What to ask.")] = None,
     pipeline: Annotated[
         list[str] | None, typer.Option(help="Preset or YAML file; may be given several times. Default: framefusion.")
     ] = None,
@@ -28,17 +29,20 @@ def run_command(
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name.")] = "embedded",
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be new. Default: runs/NAME.")] = None,
     fps: Annotated[
-        float | None, typer.Option(min=0.001, max=1e6, help="Frames per second to sample. Default: 1; for the demo 4.")
+        float | None, typer.Option(help="Frames per second to sample, or of frame files. Default: 1.")
     ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="Frames at most. Default: 64; for the embedded model 32.")
+        int | None, typer.Option(help="Frames at most. Default: 64; for the embedded model 32.")
     ] = None,
+    allow_truncated: Annotated[
+        bool, typer.Option("--allow-truncated", help="Go on with what is there of a file that broke off.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
     attn: Attention = None,
     device_map: DeviceMap = None,
-    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Timed prefills per arm, after one warm-up.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Length of the answer, at most.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills per arm, after one warm-up.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, at most.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that exists.")] = False,
 ) -> None:
     """Ask a model about a video, dense and with each pipeline, and show what was kept, saved and changed.
@@ -54,23 +58,13 @@ def run_command(
     if budget is not None:
         pipelines = [loaded.with_budget(budget) for loaded in pipelines]
     from tokenreduce.cli._media import read_question
-    from tokenreduce.config.outputs import give_back, reserve_folder
 
-    asking = read_question(video, question, model, fps, max_frames)
+    asking = read_question(video, question, model, fps, max_frames, allow_truncated)
     where = loading_of(device, dtype, attn, device_map)
     folder = output or Path("runs") / asking.name
-    made = reserve_folder(folder, force)
-    try:
-        _measure_and_write(asking, where, folder, pipelines, repeats, new_tokens)
-    finally:
-        give_back(made)
+    _check_folder(folder, force)
 
-
-def _measure_and_write(
-    asking: Asking, where: dict[str, Any], folder: Path, pipelines: list[Pipeline], repeats: int, new_tokens: int
-) -> None:
     from tokenreduce.compare.side_by_side import measure
-    from tokenreduce.models.placement import placement_line
 
     loaded, note = asking.load(where)
     with _progress() as tell:
@@ -85,23 +79,24 @@ def _measure_and_write(
             decode=asking.decoder(loaded),
             progress=tell,
         )
-    # Before anything is written: what was measured is not lost to a full disk.
-    print(f"model: {plain(asking.model)} on {placement_line(loaded)}")
-    _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
-    from tokenreduce.cli._report import save_folder
-
-    with _progress() as tell:
         tell("drawing")
-        written = save_folder(folder, loaded, inputs, arms, asking)
+        from tokenreduce.cli._report import write_folder
+
+        folder.mkdir(parents=True, exist_ok=True)
+        written = write_folder(folder, loaded, inputs, arms, asking)
+    from tokenreduce.models.placement import placement_line
+
+    print(f"model: {model} on {placement_line(loaded)}")
+    _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
     for line in (*note, *written):
-        print(plain(line))
+        print(line)
 
 
 def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: int) -> None:
     from tokenreduce.cli._output import print_table
 
     dense = arms[0]
-    print(plain(f"question: {question}" + (f" (expected: {expected})" if expected else "")))
+    print(f"question: {question}" + (f" (expected: {expected})" if expected else ""))
     print(f"input: {width} tokens")
     rows = []
     dense_tokens = sum(dense.counts.tokens)
@@ -124,11 +119,19 @@ def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: 
     for arm in arms:
         for stage in arm.trace.stages if arm.trace is not None else []:
             if stage.site.startswith("vision."):
-                print(
-                    plain(f"{arm.name}: {stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}")
-                )
-        if not arm.finite:
-            print(f"{arm.name}: its logits are not finite (NaN or infinite), so that its answer means nothing")
+                print(f"{arm.name}: {stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}")
+
+
+def _check_folder(folder: Path, force: bool) -> None:
+    """Refuse, before any work, a folder that exists or could not be made."""
+    from tokenreduce.errors import TokenReduceError
+
+    if folder.exists() and not (force and folder.is_dir()):
+        remedy = "or --force to write into it" if folder.is_dir() else "it is not a folder"
+        raise TokenReduceError(f"{folder} exists; give another --output, {remedy}")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise TokenReduceError(f"{folder} cannot be written: {parent} is not a folder one can write to")
 
 
 def _progress() -> Any:

@@ -17,7 +17,7 @@ from tokenreduce.compare.measure import ArmOutcome, Bench
 from tokenreduce.compare.tasks import Item
 from tokenreduce.errors import MediaError
 from tokenreduce.media.pictures import frame_grid, patch_positions, patch_states, render_frame
-from tokenreduce.media.video import FPS, MAX_FRAMES, decode_frames, sample_indices, video_info
+from tokenreduce.models import look
 
 FRAMES, SIDE, GAP = 8, 144, 4
 """Frames in a strip at most, pixels of the longer side of one, and between two."""
@@ -55,7 +55,7 @@ def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, ArmOutc
             {
                 "arm": arm.name,
                 "reply": reply,
-                "right": outcome.reply.finite and item.read(reply) == item.expected,
+                "right": item.read(reply) == item.expected,
                 **dict(zip(("kept", "merged", "dropped"), counts, strict=True)),
                 "png": _strip(np.stack([render_frame(f, states[i]) for f, i in zip(shown, chosen, strict=True)])),
             }
@@ -70,10 +70,7 @@ def _frames(bench: Bench, item: Item) -> Pixels | None:
     if not isinstance(item.video, Path):
         return item.video
     try:
-        info = video_info(item.video)
-        most = bench.sampling.max_frames or MAX_FRAMES
-        indices = sample_indices(info.frames, info.fps, bench.sampling.fps or FPS, most)
-        return np.stack(decode_frames(item.video, indices, info=info))
+        return look(bench.model, item.video, **bench.options()).array()
     except (MediaError, ValueError):
         return None
 

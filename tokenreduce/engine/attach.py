@@ -13,7 +13,7 @@ from torch import nn
 from tokenreduce import plugins
 from tokenreduce.adapter import ModelAdapter
 from tokenreduce.budget import Budget
-from tokenreduce.engine.model.host import uncompiled
+from tokenreduce.engine.model.host import unwrapped
 from tokenreduce.engine.run import Run, attached
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout
@@ -39,7 +39,8 @@ def reduce(
         run.detach()
 
     Args:
-        model: an unmodified transformers model of a supported family, or a bare decoder with `layout`.
+        model: an unmodified transformers model of a supported family, compiled or with PEFT adapters (LoRA) or not, or a bare
+            decoder with `layout`.
         pipeline: preset name, path of a YAML file, mapping, or Pipeline.
         budget: overrides the pipeline's: a share in (0, 1] of tokens, or a mapping such as {"flops": 0.25}.
         layout: where the vision tokens of the next prefill are; left out, the family's adapter says it.
@@ -51,7 +52,7 @@ def reduce(
     Raises PipelineError, BudgetError, UnsupportedError or AttachError, and then the model is as it was.
     """
     check_arguments("reduce", model, pipeline)
-    model, loaded = uncompiled(model), load_pipeline(pipeline)
+    model, loaded = unwrapped(model), load_pipeline(pipeline)
     if budget is not None:
         loaded = loaded.with_budget(budget)
     run = Run(model, loaded, adapter_for(model, explicit=layout is not None), layout)

@@ -9,7 +9,7 @@ package, and it knows neither.
 from tokenreduce.models.checkpoint import LoadOptions, load_strict
 from tokenreduce.models.family import Family
 from tokenreduce.models.loading import families, family_of, load_model
-from tokenreduce.models.processing import prepare
+from tokenreduce.models.processing import look, prepare
 from tokenreduce.models.request import VideoQuestion
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "family_of",
     "load_model",
     "load_strict",
+    "look",
     "prepare",
 ]

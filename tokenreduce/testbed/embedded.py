@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 
 from tokenreduce.models import load_model
 from tokenreduce.models.llava_video.modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from tokenreduce.models.loading import EMBEDDED as EMBEDDED
+from tokenreduce.models.loading import EMBEDDED_FOLDER
 from tokenreduce.testbed.glyphs import COLOURS, DIGITS
 
-EMBEDDED = "embedded"
-"""The name by which commands know the embedded model."""
-WEIGHTS = Path(__file__).with_name("weights")
+WEIGHTS = EMBEDDED_FOLDER
 """Its checkpoint folder."""
 FRAME_SIDE, GRID, MAX_FRAMES = 48, 6, 32
 """Pixels per side of a frame, patches per side, and the longest video it was made for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,23 @@ from tokenreduce.trace import Trace
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that torch.compile made `module` of."""
     return module._modules.get("_orig_mod") or module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and PEFT; UnsupportedError where PEFT's adds tokens to the prompt."""
+    model = uncompiled(model)
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or not callable(getattr(model, "get_base_model", None)):
+        return model
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UnsupportedError(
+                f"{type(model).__name__}: adapter {name} ({kind}) puts tokens of its own before the prompt, which is not "
+                "supported; LoRA and other adapters that change weights are"
+            )
+    inner: nn.Module = model.get_base_model()  # type: ignore[operator]
+    return unwrapped(inner)
 
 
 def refuse_model(family: str, config: Any) -> None:

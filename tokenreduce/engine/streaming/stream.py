@@ -18,6 +18,7 @@ from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.call import Call
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.forward.state import Forward
+from tokenreduce.engine.model.host import unwrapped
 from tokenreduce.engine.refusals import check_ran, refuse_call, refuse_mode
 from tokenreduce.engine.run import Run
 from tokenreduce.engine.streaming.progress import Ledger
@@ -56,6 +57,7 @@ def stream(model: nn.Module, pipeline: str | Path | dict[str, Any] | Pipeline, *
     check_arguments("stream", model, pipeline)
     if width < 1:
         raise PipelineError(f"stream: width must be at least 1, got {width}")
+    model = unwrapped(model)
     return Stream(model, load_pipeline(pipeline), adapter_for(model, explicit=True), width)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel, Qwen2Config, SiglipVisionConfig
 
 from tokenreduce.errors import CheckpointError, LayoutError, UnsupportedError
-from tokenreduce.media.video import FPS, MAX_FRAMES, VideoClip, sample_indices
+from tokenreduce.media.video import VideoClip, sample_indices
 from tokenreduce.models.checkpoint import LoadOptions, load_strict, read_json
-from tokenreduce.models.family import Family
+from tokenreduce.models.family import Family, left_padded
 from tokenreduce.models.llava_video.modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
 from tokenreduce.models.request import VideoQuestion
 from tokenreduce.models.tokenizer import has_tokenizer, read_tokenizer
@@ -63,16 +63,19 @@ class LlavaVideoFamily(Family):
     def processor(self, folder: Path) -> Any:
         return read_tokenizer(folder, Qwen2Config())
 
+    def look(self, model: PreTrainedModel, request: VideoQuestion) -> VideoClip:
+        """The authors' rule (`sample_indices`), which counts frames; the checkpoint says whether it is forced."""
+        return request.clip(sample_indices, model.config.force_sample, count=True)
+
     def prepare(self, model: PreTrainedModel, request: VideoQuestion, processor: Any) -> BatchFeature:
         config: LlavaVideoConfig = model.config
-        force = config.force_sample if request.force_sample is None else request.force_sample
-        clip = request.clip(
-            lambda info: sample_indices(
-                info.frames, info.fps, request.fps or FPS, request.max_frames or MAX_FRAMES, force
-            )
-        )
-        before, after = prompt(request.question, clip, request.time_instruction)
-        ids = [processor(text, add_special_tokens=False).input_ids for text in (before, after)]
+        clip = self.look(model, request)
+
+        def texts(clip: VideoClip) -> list[list[int]]:
+            parts = prompt(request.question, clip, request.time_instruction)
+            return [processor(text, add_special_tokens=False).input_ids for text in parts]
+
+        ids = texts(clip)
         if config.video_token_id in ids[0] + ids[1]:
             raise LayoutError(
                 f"the question contains the token that stands for the video (id {config.video_token_id}); leave it out"
@@ -80,11 +83,22 @@ class LlavaVideoFamily(Family):
         frames = len(clip.frames)
         video = [config.video_token_id] * (frames * config.tokens_per_frame)
         input_ids = torch.tensor([ids[0] + video + ids[1]])
-        _refuse_too_long(config, input_ids.shape[1], frames)
+        _refuse_too_long(
+            config,
+            input_ids.shape[1],
+            frames,
+            lambda most: sum(map(len, texts(request.shorter(clip, most, sample_indices, count=True)))),
+        )
         pixels = pixel_values(clip, config.vision_config.image_size)[None]
         return BatchFeature(
             {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values_videos": pixels}
         )
+
+    def batch(self, parts: Sequence[BatchFeature], processor: Any) -> BatchFeature:
+        pixels = [part["pixel_values_videos"] for part in parts]
+        if len({len(video[0]) for video in pixels}) > 1:  # Videos of several lengths go in frame by frame.
+            pixels = [video[0][:, None] for video in pixels]
+        return BatchFeature(left_padded(parts, processor) | {"pixel_values_videos": torch.cat(pixels)})
 
 
 def _load(
@@ -168,14 +182,20 @@ def pixel_values(clip: VideoClip, side: int) -> Tensor:
     return (pixels.float() / 255 - 0.5) / 0.5
 
 
-def _refuse_too_long(config: LlavaVideoConfig, length: int, frames: int) -> None:
+def _refuse_too_long(config: LlavaVideoConfig, length: int, frames: int, text: Callable[[int], int]) -> None:
+    """UnsupportedError for more tokens than the model was made for. text(n): tokens of the prompt around n frames."""
     limit = config.context_length
     if limit is None or length <= limit:
         return
-    fits = (limit - (length - frames * config.tokens_per_frame)) // config.tokens_per_frame
+    fits, above = 0, frames
+    while above - fits > 1:
+        middle = (fits + above) // 2
+        enough = text(middle) + middle * config.tokens_per_frame <= limit
+        fits, above = (middle, above) if enough else (fits, middle)
+    remedy = f"use at most {fits} frame{'s' * (fits > 1)}" if fits else "not even one frame fits: shorten the question"
     raise UnsupportedError(
         f"{frames} frames make {length} tokens, but the model was made for {limit} and upstream cuts off the question; "
-        f"use at most {max(fits, 0)} frames, or set model.config.context_length = None"
+        f"{remedy}, or set model.config.context_length = None"
     )
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import BatchFeature, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
 
-from tokenreduce.config.json_source import shown
-from tokenreduce.errors import CheckpointError, UnsupportedError, foreign
+from tokenreduce.errors import CheckpointError, UnsupportedError
+from tokenreduce.media.video import VideoClip
 from tokenreduce.models.checkpoint import LoadOptions, load_strict, read_json
-from tokenreduce.models.family import Family
+from tokenreduce.models.family import Family, left_padded
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVConfig, MiniCPMVForConditionalGeneration
-from tokenreduce.models.minicpm_v.processing import build_video_inputs
+from tokenreduce.models.minicpm_v.processing import build_video_inputs, join_pictures, sample_frames
 from tokenreduce.models.request import VideoQuestion
 
 SIGLIP = {
@@ -70,12 +70,18 @@ class MiniCPMVFamily(Family):
             raise CheckpointError(
                 f"{folder}: no tokenizer.json and no vocab.json; copy the checkpoint's tokenizer files there"
             )
-        with foreign(CheckpointError, f"{shown(folder)}: its tokenizer cannot be read"):
-            return Qwen2Tokenizer.from_pretrained(folder)
+        return Qwen2Tokenizer.from_pretrained(folder)
+
+    def look(self, model: PreTrainedModel, request: VideoQuestion) -> VideoClip:
+        """The authors' rule (`sample_frames`), which counts frames."""
+        return request.clip(sample_frames, count=True)
 
     def prepare(self, model: PreTrainedModel, request: VideoQuestion, processor: Any) -> BatchFeature:
         """Inputs for `model(**inputs)` and `model.generate(**inputs)`; `build_video_inputs` says what they are."""
         return build_video_inputs(request, processor, model.config)
+
+    def batch(self, parts: Sequence[BatchFeature], processor: Any) -> BatchFeature:
+        return BatchFeature(left_padded(parts, processor) | join_pictures(parts))
 
 
 def config_from_upstream(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> MiniCPMVConfig:

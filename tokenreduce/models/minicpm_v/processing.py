@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import BatchFeature
 
 from tokenreduce.errors import MediaError
+from tokenreduce.media.video import check_sampling
 from tokenreduce.models.minicpm_v.modeling import MiniCPMVConfig
 from tokenreduce.models.request import VideoQuestion
 
@@ -42,11 +44,10 @@ def sample_frames(
 
     With `force_sample` always the middles of `max_frames` parts of the whole video.
     """
-    if max_frames < 1 or not target_fps > 0:
-        raise MediaError(f"max_frames must be at least 1 and fps above 0, got {max_frames} and {target_fps}")
-    chosen = list(range(0, frames, 1 if force_sample else max(1, round(fps / target_fps))))
+    check_sampling(target_fps, max_frames)
+    chosen = range(0, frames, 1 if force_sample else max(1, round(fps / target_fps)))
     if len(chosen) <= max_frames and not force_sample:
-        return chosen
+        return list(chosen)
     gap = len(chosen) / max_frames
     return [chosen[int(i * gap + gap / 2)] for i in range(max_frames)]
 
@@ -179,19 +180,26 @@ def build_video_inputs(request: VideoQuestion, tokenizer: Any, config: MiniCPMVC
 
     The prompt of this family has no place for a time instruction.
     """
-    max_frames = VIDEO_MAX_FRAMES if request.max_frames is None else request.max_frames
-    fps = VIDEO_FPS if request.fps is None else request.fps
-    clip = request.clip(
-        lambda info: sample_frames(info.frames, info.fps, fps, max_frames, force_sample=bool(request.force_sample))
-    )
     return build_inputs(
-        clip.frames,
+        request.clip(sample_frames, count=True).frames,
         request.question,
         tokenizer,
         config,
         max_slice_nums=request.max_slice_nums,
         use_image_id=request.use_image_id,
     )
+
+
+def join_pictures(parts: Sequence[BatchFeature]) -> dict[str, Tensor]:
+    """pixel_values (B, S, 3, P, L) and tgt_sizes (B, S, 2) of parts with one row each; (0, 0) says that there is no picture."""
+    pixels, sizes = [part["pixel_values"] for part in parts], [part["tgt_sizes"] for part in parts]
+    most, longest = max(p.shape[1] for p in pixels), max(p.shape[-1] for p in pixels)
+    return {
+        "pixel_values": torch.cat(
+            [F.pad(p, (0, longest - p.shape[-1], 0, 0, 0, 0, 0, most - p.shape[1])) for p in pixels]
+        ),
+        "tgt_sizes": torch.cat([F.pad(s, (0, 0, 0, most - s.shape[1])) for s in sizes]),
+    }
 
 
 def _multiple(length: int, unit: int) -> int:
