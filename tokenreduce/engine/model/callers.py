@@ -1,4 +1,7 @@
-"""What called this forward, read from the stack, where nothing in the call itself tells."""
+"""What called this forward, read from this thread's stack, where nothing in the call itself tells.
+
+That the names which are read here exist is proved at attach, see `private_names`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-LOOPS = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
-"""The functions of transformers' generate() that call a model."""
+from tokenreduce.engine.model.private_names import ASSISTED, ENCODING, LOOPS, PREFILL
 
 
 def _stack(frame: FrameType | None = None) -> Iterator[FrameType]:
@@ -80,7 +82,7 @@ def in_generation() -> bool:
 def encoding() -> tuple[Tensor | None, dict[str, Any]] | None:
     """The new token ids and the arguments of a generate() that is encoding its images and videos, before its first forward."""
     for frame in _stack():
-        if frame.f_code.co_name == "_maybe_prepare_encoder_kwargs_for_generation" and _of_transformers(frame):
+        if frame.f_code.co_name == ENCODING and _of_transformers(frame):
             given, named = frame.f_locals["inputs_tensor"], frame.f_locals["model_input_name"]
             kwargs: dict[str, Any] = {**frame.f_locals["model_kwargs"], named: given}
             ids, cache = kwargs.pop("input_ids", None), kwargs.get("past_key_values")
@@ -92,10 +94,9 @@ def encoding() -> tuple[Tensor | None, dict[str, Any]] | None:
 def in_chunked_prefill() -> bool:
     """Whether generate() is feeding a prompt in several pieces."""
     for frame in _stack():
-        if _is_loop(frame) and frame.f_code.co_name == "_prefill":
+        if _is_loop(frame) and frame.f_code.co_name == PREFILL:
             local = frame.f_locals
-            chunked = getattr(local.get("generation_config"), "prefill_chunk_size", None) is not None
-            return chunked and len(local.get("input_chunks") or (None, None)) > 1
+            return local["generation_config"].prefill_chunk_size is not None and len(local["input_chunks"]) > 1
     return False
 
 
@@ -105,6 +106,6 @@ def draft_length() -> int:
     An assistant's own forwards run inside the loop of the model it assists: the innermost loop decides.
     """
     loop = next((frame for frame in _stack() if _is_loop(frame)), None)
-    if loop is None or loop.f_code.co_name != "_assisted_decoding":
+    if loop is None or loop.f_code.co_name != ASSISTED:
         return 0
     return int(loop.f_locals.get("candidate_length", 0))

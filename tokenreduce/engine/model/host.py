@@ -16,6 +16,7 @@ from tokenreduce.engine.model import tap
 from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.engine.model.meter import Measured
 from tokenreduce.engine.model.parallel import head_group
+from tokenreduce.engine.model.private_names import INTERNAL, prove_names
 from tokenreduce.engine.model.probe import prove
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.planning import cost
@@ -72,6 +73,7 @@ class Host:
         self._model, self.decoder, self.adapter = weakref.ref(model), weakref.ref(text), adapter
         self.family = f"{type(model).__name__} ({adapter.name})"
         self.config: Any = text.config
+        prove_names(self.family, model, self.config)
         self.layers = [uncompiled(layer) for layer in text.layers[: self.config.num_hidden_layers]]
         refuse_model(self.family, self.config)
         self._shapes, self.unlike = cost.DecoderShape.candidates(self.config)
@@ -132,7 +134,7 @@ class Host:
     @property
     def tapped(self) -> bool:
         """Whether the decoder's attention goes through the tap."""
-        return bool(self._settings["_attn_implementation_internal"] == self._tapped)
+        return bool(self._settings[INTERNAL] == self._tapped)
 
     def recomputable(self) -> list[nn.Module]:
         """The modules that may be asked to recompute their forward for a gradient."""
