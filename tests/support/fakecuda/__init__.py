@@ -5,14 +5,14 @@ models there as accelerate does; `guard` compiles the three lines of C++ that to
 """
 
 from support.fakecuda.guard import missing
-from support.fakecuda.machine import Event, FakeTensor, Machine, MixedDevices, SdpaCall, inner, on
+from support.fakecuda.machine import Event, FakeTensor, Machine, MixedDevicesError, SdpaCall, inner, on
 from support.fakecuda.placing import place, seam
 
 __all__ = [
     "Event",
     "FakeTensor",
     "Machine",
-    "MixedDevices",
+    "MixedDevicesError",
     "SdpaCall",
     "inner",
     "missing",

@@ -1,6 +1,6 @@
 """Pretended GPUs: tensors that hold real CPU data and say that they are on `cuda:k`, and a machine that watches them.
 
-What a GPU would refuse is refused (MixedDevices), and what would make the host wait, or copy, is recorded with its source
+What a GPU would refuse is refused (MixedDevicesError), and what would make the host wait, or copy, is recorded with its source
 line. Times cannot be had here, and neither can what a real kernel does.
 """
 
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 WAIT = {
@@ -39,7 +38,7 @@ COPYING = {"_to_copy", "to", "copy", "_copy_from", "_copy_from_and_resize"}
 OURS = ("/tokenreduce/", "/tokenreduce_adapters/")
 
 
-class MixedDevices(RuntimeError):
+class MixedDevicesError(RuntimeError):
     """Operands on different devices, as CUDA refuses them."""
 
 
@@ -131,14 +130,21 @@ class FakeTensor(Tensor):
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
 
 
+def each(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` of everything in lists, tuples and dicts. (torch's own tree_map took most of the harness's time.)"""
+    if isinstance(value, (list, tuple)):
+        return type(value)([each(change, x) for x in value])
+    return {k: each(change, x) for k, x in value.items()} if isinstance(value, dict) else change(value)
+
+
 def inner(value: Any) -> Any:
     """`value`, with the CPU's tensor for every pretended one in it."""
-    return tree_map(lambda x: x.inner if isinstance(x, FakeTensor) else x, value)
+    return each(lambda x: x.inner if isinstance(x, FakeTensor) else x, value)
 
 
 def on(value: Any, device: int = 0) -> Any:
     """`value`, with a tensor of GPU `device` for every CPU tensor in it."""
-    return tree_map(lambda x: FakeTensor(x, f"cuda:{device}") if isinstance(x, Tensor) else x, value)
+    return each(lambda x: FakeTensor(x, f"cuda:{device}") if isinstance(x, Tensor) else x, value)
 
 
 class Machine(TorchDispatchMode):
@@ -218,7 +224,7 @@ class Machine(TorchDispatchMode):
         """As torch's. Its operators are not counted: on a GPU it is one kernel."""
         given = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
         if len({t.device for t in given}) > 1:
-            raise MixedDevices(f"sdpa: operands on {sorted({str(t.device) for t in given})} at {_where()}")
+            raise MixedDevicesError(f"sdpa: operands on {sorted({str(t.device) for t in given})} at {_where()}")
         mask = None if attn_mask is None else attn_mask.dtype
         dense = {t.stride(-1) for t in (query, key, value)} == {1}
         shapes = tuple(query.shape), tuple(key.shape)
@@ -271,7 +277,7 @@ class Machine(TorchDispatchMode):
                 return value
             return known[id(value)] if id(value) in known else FakeTensor(value, target)
 
-        return tree_map(wrap, out)
+        return each(wrap, out)
 
     def _note_copy(self, name: str, what: Tensor, source: torch.device, target: torch.device) -> None:
         if source == target or not what.numel():
@@ -284,7 +290,7 @@ class Machine(TorchDispatchMode):
     def _check(self, name: str, tensors: Sequence[Tensor], fakes: Sequence[Tensor], args: Any) -> None:
         devices = sorted({str(t.device) for t in fakes})
         if len(devices) > 1:
-            raise MixedDevices(f"{name}: operands on {devices} at {_where()}")
+            raise MixedDevicesError(f"{name}: operands on {devices} at {_where()}")
         if not fakes or name == "lift_fresh":
             return
         indices = _tensors(args[1]) if name in INDEXING else []
@@ -294,13 +300,15 @@ class Machine(TorchDispatchMode):
             if any(tensor is index for index in indices):
                 self.note("H2D", f"{name} by an index on the CPU {tuple(tensor.shape)}")
             elif tensor.dim():
-                raise MixedDevices(f"{name}: a CPU tensor {tuple(tensor.shape)} beside {devices} at {_where()}")
+                raise MixedDevicesError(f"{name}: a CPU tensor {tuple(tensor.shape)} beside {devices} at {_where()}")
 
     def _note_wait(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         masks = name in INDEXING and any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
-        if name in WAIT:
-            self.note("sync", name)
-        elif name == "repeat_interleave" and kwargs.get("output_size") is None and func._overloadname != "self_int":
+        if name == "repeat_interleave" and func._overloadname != "self_int":
+            waits = kwargs.get("output_size") is None
+        else:
+            waits = name in WAIT
+        if waits:
             self.note("sync", name)
         elif masks and (name in ("index", "_unsafe_index") or args[2].numel() != 1):
             self.note("sync", f"{name} by a mask")
@@ -311,7 +319,7 @@ def _making(maker: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def make(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if isinstance(data, (list, tuple)):
-            data = tree_map(lambda x: x.item() if isinstance(x, FakeTensor) else x, data)
+            data = each(lambda x: x.item() if isinstance(x, FakeTensor) else x, data)
         made = data if isinstance(data, Tensor) else maker(data, *args, **kwargs)
         return made if device is None else made.to(device)
 
@@ -319,7 +327,9 @@ def _making(maker: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [x for x in tree_flatten(value)[0] if isinstance(x, Tensor)]
+    found: list[Tensor] = []
+    each(lambda x: found.append(x) if isinstance(x, Tensor) else None, value)
+    return found
 
 
 def _where() -> str:

@@ -68,7 +68,7 @@ class Kernels(SimpleNamespace):
     DTYPES, MAX_WIDTH = (torch.float32, torch.float16, torch.bfloat16), 256
 
     @staticmethod
-    def column_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor:
+    def gpu_column_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor:
         return attention.column_sums(q, k, scale, queries)
 
 
@@ -103,7 +103,9 @@ def decoder_of(model: Any) -> Any:
 
 def pipeline_of(name: str) -> tuple[str | Mapping[str, Any], float | None]:
     """A pipeline, and the budget that it needs."""
-    return (BEHIND[name], None) if name in BEHIND else (name, tiny.SHARE)
+    if name in BEHIND:
+        return BEHIND[name], None
+    return name, 0.9 if name == "prune_then_merge" else tiny.SHARE
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,15 @@ class KvPlan:
     whole: bool = False
     repacked: bool = False
 
+    def to(self, device: torch.device) -> KvPlan:
+        """The same on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.reduction is not None:
+            moved["reduction"] = replace(self.reduction, target=self.reduction.target.to(device))
+        return replace(self, **moved)
+
 
 class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """The tokens that one decoder layer holds in the KV cache."""
@@ -140,7 +149,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
             self.keys = torch.cat([self.keys, key_states], -2)
             self.values = torch.cat([self.values, value_states], -2)
             return self.keys, self.values
-        plan = self.plan or KvPlan(key_states.shape[-2])
+        plan = (self.plan or KvPlan(key_states.shape[-2])).to(key_states.device)
         self.plan = None
         logical = self.logical + plan.logical
         held, valid, position = self.held, plan.valid, plan.position
@@ -287,7 +296,9 @@ def _joined(not_padding: Tensor | None, held: int, fresh: Tensor, known: Joined)
         return fresh
     key = (id(not_padding), held, id(fresh))
     if key not in known:
-        old = fresh.new_ones(len(fresh), held) if not_padding is None else lengthened(not_padding, held)
+        old = (
+            fresh.new_ones(len(fresh), held) if not_padding is None else lengthened(not_padding, held).to(fresh.device)
+        )
         # The parts are kept beside the whole, so that their ids are not given to others.
         known[key] = (torch.cat([old, fresh], 1), fresh, *(() if not_padding is None else (not_padding,)))
     return known[key][0]

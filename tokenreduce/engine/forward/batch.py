@@ -37,6 +37,13 @@ class Batch:
         self._tables: tuple[Tensor, ...] | None = None
         self._gathered: tuple[Tensor, ...] | None = None
 
+    def move(self, device: torch.device) -> None:
+        """Take what is known of the tokens to `device`."""
+        for sequence in self.sequences:
+            sequence.move(device)
+        self.index = None if self.index is None else self.index.to(device)
+        self.valid = None if self.valid is None else self.valid.to(device)
+
     def columns_of(self, count: int, width: int) -> slice:
         """Columns of a row's `count` tokens where the batch has `width`: after the padding, before the draft."""
         return slice(width - self.draft - count, width - self.draft)

@@ -70,7 +70,7 @@ class AttentionRecord:
         # Like the attention itself, accounted without the keys of earlier turns.
         sequence.conductor.account.selector_flops += importance_flops(all_heads, q.shape[-1], n, n, count)
         if len(sequence) != n:
-            scores = scores[torch.searchsorted(sequence.attended, sequence.alive)]
+            scores = scores.to(sequence.alive.device)[torch.searchsorted(sequence.attended, sequence.alive)]
         return scores
 
 

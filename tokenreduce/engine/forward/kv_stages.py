@@ -48,7 +48,7 @@ def plan_kv(
     counts: list[CacheCount] = []
     remain: list[Tensor | None] = []
     size = torch.ones_like(targets)
-    past = tokens_before(cache, x.shape[0], x.device)
+    past = tokens_before(cache, x.shape[0], x.device).to(x.device)
     totals = torch.tensor([s.total for s in batch.sequences], device=x.device)
     draft = torch.arange(width - batch.draft, width, device=x.device)
     targets[:, draft] = draft

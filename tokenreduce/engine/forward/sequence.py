@@ -50,6 +50,11 @@ class TokenSequence:
     def __len__(self) -> int:
         return len(self.alive)
 
+    def move(self, device: torch.device) -> None:
+        """Take what is known of the tokens to `device`."""
+        for name in ("columns", "slot", "frame", "medium", "reducible", "alive", "size", "place", "attended"):
+            setattr(self, name, getattr(self, name).to(device))
+
     def context(self, run: StageRun, site: Site, hidden: Tensor, attention: AttentionSource | None) -> StageContext:
         """What `run` sees; hidden: (n, D). The facts are copies: what becomes of them is the strategy's affair."""
         alive = self.alive

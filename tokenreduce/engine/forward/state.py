@@ -84,10 +84,11 @@ class Forward(Activity):
         self.kv_sites = any(
             site.kind == "kv" for s in batch.sequences for run in s.conductor.runs for site in run.sites
         )
-        self.passengers = [[rows[s.row, s.columns] for rows in self.deepstack] for s in batch.sequences]
+        self.passengers = [[rows[s.row, s.columns.to(rows.device)] for rows in self.deepstack] for s in batch.sequences]
         self.before = Before(layers if batch.width > 1 else ())
         self._mask: Tensor | None = None
-        self._mask_key: tuple[int, int, Tensor | None] = (0, 0, None)
+        self._mask_key: tuple[int, int, torch.device | None, Tensor | None] = (0, 0, None, None)
+        self._device: torch.device | None = None
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -98,10 +99,19 @@ class Forward(Activity):
         """The cache layer of `layer`, None without a cache."""
         return self.layers[layer] if self.layers else None
 
+    def move(self, device: torch.device) -> None:
+        """Take all that goes with the tokens to where they are now: the layers may lie on several devices."""
+        if self._device == device:
+            return
+        self._device = device
+        self.batch.move(device)
+        self.passengers = [[rows.to(device) for rows in each] for each in self.passengers]
+
     # Sites ------------------------------------------------------------------------------------------------------------
 
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
         """Let the stages act on the residual stream x (B, m, D) before attention or FFN; None if nothing changes."""
+        self.move(x.device)
         rows: list[Tensor] = []
         changed = False
         for number, sequence in enumerate(self.sequences):
@@ -124,6 +134,7 @@ class Forward(Activity):
 
     def enter_attention(self, layer: int, x: Tensor) -> None:
         """Account for the attention of `layer` over x, and tell its cache what will come."""
+        self.move(x.device)
         batch, cache = self.batch, self.cache(layer)
         plan = KvPlan(self.logical, batch.valid, draft=batch.draft, repacked=batch.index is not None)
         counts = [CacheCount()] * len(self.sequences)
@@ -143,6 +154,7 @@ class Forward(Activity):
             sequence.conductor.account.ffn.append(len(sequence))
         if not self.deepstack:
             return out
+        self.move(out.device)
         self.deepstack.pop(0)
         rows = []
         for number, sequence in enumerate(self.sequences):
@@ -189,6 +201,7 @@ class Forward(Activity):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `layer` with the mask that its tokens need."""
+        self.move(query.device)
         cache = self.cache(layer)
         watched = base
         if 3 * layer + 2 in self.reads or 3 * layer + 3 in self.reads:
@@ -233,11 +246,11 @@ class Forward(Activity):
     def _causal_mask(self, query: Tensor, keys: int, cache: TokenLayer | None) -> Tensor | None:
         """The causal mask over the tokens that are really there. Layers of one stage, one after the other, share it."""
         not_padding = self.batch.valid if cache is None else cache.not_padding
-        queries, before, of = self._mask_key
-        if (queries, before) != (query.shape[2], keys) or of is not not_padding:
-            valid = None if not_padding is None else lengthened(not_padding, keys)
+        queries, before, device, of = self._mask_key
+        if (queries, before, device) != (query.shape[2], keys, query.device) or of is not not_padding:
+            valid = None if not_padding is None else lengthened(not_padding, keys).to(query.device)
             self._mask = causal_mask(self.implementation, self.config, query, keys, valid)
-            self._mask_key = query.shape[2], keys, not_padding
+            self._mask_key = query.shape[2], keys, query.device, not_padding
         return self._mask
 
     def importance(self, sequence: TokenSequence, queries: Queries, heads: Heads) -> Tensor:
@@ -247,7 +260,8 @@ class Forward(Activity):
         record = self.attention
         all_heads = total_heads(record.query.shape[1], self.config, self.group)
         cache = self.cache(record.layer)
-        return record.importance(self.batch, cache, sequence, queries, heads, all_heads, self.group)
+        scores = record.importance(self.batch, cache, sequence, queries, heads, all_heads, self.group)
+        return scores.to(sequence.alive.device)
 
 
 def _plain(kwargs: Mapping[str, Any]) -> bool:
