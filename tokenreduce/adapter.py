@@ -111,6 +111,16 @@ class ModelAdapter(ABC):
         """Where the vision tokens of this forward are; None where the family has no vision (a bare decoder)."""
         return None
 
+    def turn_ends(self, model: nn.Module) -> Sequence[int]:
+        """Ids that end a turn of the chat, by which `ctx.role` tells the question from the template around it.
+
+        By default the end-of-sequence ids of the model's generation config and config."""
+        found: list[int] = []
+        for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+            ids = getattr(config, "eos_token_id", None)
+            found += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+        return sorted({int(one) for one in found})
+
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         """The vision tower, for stages in it; None where the family has none or it cannot be described."""
         return None

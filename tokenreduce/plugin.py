@@ -5,10 +5,13 @@ works as before, with a DeprecationWarning that names what replaces it. Fields a
 
 Registering: `hookimpl` marks the functions by which a package offers what it has (see docs/plugins.md).
 
-Strategies in the decoder: `Strategy`, its `StageConfig` (`Layer`, `Share` are types of fields) and `Capabilities`. `decide` gets
-a `StageContext` and returns a `Reduction` or a `Decision`, perhaps with a `Span`. `forecast` gets a `CountView` and returns an
-`Outcome`. `schedule` returns `Site`s. `carry` returns a `Carry`. `Action`, `Heads`, `Queries`, `SiteKind` and `Weighting` are
-the types of their arguments; `reducible_allowance` is what the budget leaves to a stage.
+Strategies in the decoder: `Strategy`, its `StageConfig` (`Layer`, `Share`, `Keep` with `Tokens` are types of fields) and
+`Capabilities`, whose needs are `Signal`s. `decide` gets a `StageContext` and returns a `Reduction`, perhaps with a `Mixture`, or
+a `Decision`, perhaps with a `Span`. `Groups` are tokens by frame, medium or segment. `VISION`, `SYSTEM`, `BEFORE`, `AROUND`,
+`QUESTION` and `TAIL` are what a token is for. `forecast` gets a `CountView` and returns an `Outcome`. `schedule` returns `Site`s,
+for which `layer_of` reads a `Layer`. `carry` returns a `Carry`. `Action`, `Heads`, `Queries`, `Rows`, `SiteKind` and `Weighting`
+are the types of their arguments, `CountKind` says where a count comes from; `reducible_allowance` is what the budget leaves to
+a stage.
 
 Strategies in the vision tower: `VisionStrategy`, its `VisionStageConfig` or `BlockStageConfig` (`Block` is a type of fields),
 `VisionContext`, `VisionSite`, `VisionKind`.
@@ -27,6 +30,7 @@ Those who call models use the names in `dir(tokenreduce)`, which are as stable. 
 from __future__ import annotations
 
 from tokenreduce.adapter import FfnPair, ModelAdapter, Prompt, VisionTower
+from tokenreduce.amounts import Keep, Layer, Share, Tokens, layer_of
 from tokenreduce.errors import (
     BudgetError,
     LayoutError,
@@ -36,19 +40,33 @@ from tokenreduce.errors import (
     UnsupportedError,
 )
 from tokenreduce.hookspecs import hookimpl
-from tokenreduce.layout import NEWLINE, PLAIN, TIMESTAMP, WRAPPER, TokenLayout
+from tokenreduce.layout import (
+    AROUND,
+    BEFORE,
+    NEWLINE,
+    PLAIN,
+    QUESTION,
+    SYSTEM,
+    TAIL,
+    TIMESTAMP,
+    VISION,
+    WRAPPER,
+    TokenLayout,
+)
 from tokenreduce.ops.carry import Carry
-from tokenreduce.reduction import Reduction, Weighting
+from tokenreduce.ops.groups import Groups
+from tokenreduce.reduction import Mixture, Reduction, Weighting
 from tokenreduce.strategy import (
     Action,
     Capabilities,
+    CountKind,
     CountView,
     Decision,
     Heads,
-    Layer,
     Outcome,
     Queries,
-    Share,
+    Rows,
+    Signal,
     Site,
     SiteKind,
     Span,
@@ -69,9 +87,15 @@ from tokenreduce.vision import (
 )
 
 __all__ = [
+    "AROUND",
+    "BEFORE",
     "NEWLINE",
     "PLAIN",
+    "QUESTION",
+    "SYSTEM",
+    "TAIL",
     "TIMESTAMP",
+    "VISION",
     "WRAPPER",
     "Action",
     "Block",
@@ -79,13 +103,17 @@ __all__ = [
     "BudgetError",
     "Capabilities",
     "Carry",
+    "CountKind",
     "CountView",
     "Decision",
     "FfnPair",
+    "Groups",
     "Heads",
+    "Keep",
     "Layer",
     "LayerTrace",
     "LayoutError",
+    "Mixture",
     "ModelAdapter",
     "Outcome",
     "PipelineError",
@@ -93,7 +121,9 @@ __all__ = [
     "Prompt",
     "Queries",
     "Reduction",
+    "Rows",
     "Share",
+    "Signal",
     "Site",
     "SiteKind",
     "Span",
@@ -103,6 +133,7 @@ __all__ = [
     "Strategy",
     "TokenLayout",
     "TokenReduceError",
+    "Tokens",
     "Trace",
     "UnsupportedError",
     "VisionContext",
@@ -113,5 +144,6 @@ __all__ = [
     "VisionTower",
     "Weighting",
     "hookimpl",
+    "layer_of",
     "reducible_allowance",
 ]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tokenreduce.amounts import Tokens
 from tokenreduce.config.yaml_source import short
 from tokenreduce.errors import LayoutError, PluginError, call_plugin
 from tokenreduce.ops.carry import Carry
@@ -185,6 +186,15 @@ def flag(strategy: Strategy, name: str) -> bool:
     if not isinstance(said, bool):
         raise PluginError(f"{who} must be True or False, got {_short(said)}")
     return said
+
+
+def per_medium(strategy: Strategy, site: Site, depth: int) -> int | None:
+    """How many tokens of each medium stay, where the stage says so."""
+    keep: Any = getattr(strategy.config, "keep", None)
+    if keep is None or isinstance(keep, (int, float)):
+        return None
+    keep = call_plugin(f"strategy {strategy.name}: its keep", lambda: strategy.keep_at(site, depth))
+    return keep.tokens if isinstance(keep, Tokens) and keep.per == "medium" else None
 
 
 def carry_of(strategy: Strategy, depth: int) -> Carry | None:

@@ -11,7 +11,20 @@ from torch import Tensor
 from tokenreduce.errors import LayoutError
 from tokenreduce.ops.blocks import block_rows
 
-Weighting = Literal["size", "plain"]
+Weighting = Literal["size", "plain", "keep_first"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """New states of tokens that stay: token into[e] becomes Σ weight[e] · x[source[e]] over its edges e.
+
+    into, source: (E,) long, places in the sequence; every `into` stays, a source may be any token that the stage may touch, and
+    may go to several. weight: (E,) float, as they are, whether or not they sum to one. A token without edges keeps its bits.
+    """
+
+    into: Tensor
+    source: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,15 +50,18 @@ class Reduction:
     Args:
         target: (B, N) long. target[b, i] = i: token i stays; = j: it is merged into the staying token j; −1: it is dropped.
         weighting: `size` weighs each token of a group by the originals it stands for, so that repeated merging is the mean of
-            the originals; `plain` averages what is there (the released FrameFusion code).
+            the originals; `plain` averages what is there (the released FrameFusion code); `keep_first` leaves the token that
+            stays as it is, and what is merged into it only counts towards its size.
         counts: tokens that stay in each row, where the strategy knows it; saves a device synchronisation.
         merges: False promises that nothing is merged, so that kept states pass through untouched.
+        mixture: states of tokens that stay by weights of your own, in place of `weighting`. For one sequence only (B = 1).
     """
 
     target: Tensor
     weighting: Weighting = "size"
     counts: tuple[int, ...] | None = None
     merges: bool = True
+    mixture: Mixture | None = None
 
     @classmethod
     def keep(cls, mask: Tensor, counts: tuple[int, ...] | None = None) -> Reduction:
@@ -57,6 +73,11 @@ class Reduction:
     def merge(cls, target: Tensor, weighting: Weighting = "size") -> Reduction:
         """Merge each token into `target` (B, N) long; a token that stays is its own target."""
         return cls(target, weighting=weighting)
+
+    @classmethod
+    def mix(cls, target: Tensor, mixture: Mixture) -> Reduction:
+        """As `merge`, with states by `mixture`."""
+        return cls(target, mixture=mixture)
 
     @property
     def kept(self) -> Tensor:
@@ -80,6 +101,25 @@ class Reduction:
             raise LayoutError("Reduction says merges=False, but merges tokens")
         if self.counts is not None and list(self.counts) != kept.sum(1).tolist():
             raise LayoutError(f"Reduction says counts={self.counts}, but keeps {kept.sum(1).tolist()}")
+        if self.mixture is not None:
+            self._check_mixture(self.mixture, kept)
+
+    def _check_mixture(self, mixture: Mixture, kept: Tensor) -> None:
+        rows, n = kept.shape
+        if rows != 1:
+            raise LayoutError(f"Reduction.mixture is for one sequence, and these are {rows}")
+        for name, whole in (("into", True), ("source", True), ("weight", False)):
+            value = getattr(mixture, name)
+            kind = isinstance(value, Tensor) and (value.dtype == torch.long if whole else value.is_floating_point())
+            if not kind or value.shape != mixture.into.shape or value.dim() != 1:
+                raise LayoutError(f"Mixture.{name} must be an (E,) {'long' if whole else 'float'} tensor")
+            if value.device != kept.device:
+                raise LayoutError(f"Mixture.{name} is on {value.device}, but the tokens are on {kept.device}")
+        for name, places in (("into", mixture.into), ("source", mixture.source)):
+            if len(places) and (int(places.min()) < 0 or int(places.max()) >= n):
+                raise LayoutError(f"Mixture.{name} must lie in 0 … {n - 1}")
+        if not bool(kept[0, mixture.into].all()):
+            raise LayoutError("Mixture.into names a token that does not stay")
 
     def _check_types(self) -> None:
         target, counts = self.target, self.counts
@@ -90,9 +130,11 @@ class Reduction:
             raise LayoutError(f"Reduction.target must be a (B, N) long tensor, got {kind} {target.shape}")
         if not isinstance(self.weighting, str) or self.weighting not in get_args(Weighting):
             got = repr(self.weighting) if isinstance(self.weighting, str) else f"a {type(self.weighting).__name__}"
-            raise LayoutError(f"Reduction.weighting must be size or plain, got {got}")
+            raise LayoutError(f"Reduction.weighting must be size, plain or keep_first, got {got}")
         if not isinstance(self.merges, bool):
             raise LayoutError(f"Reduction.merges must be True or False, got a {type(self.merges).__name__}")
+        if self.mixture is not None and not isinstance(self.mixture, Mixture):
+            raise LayoutError(f"Reduction.mixture must be a Mixture, got a {type(self.mixture).__name__}")
         each = counts if isinstance(counts, (tuple, list)) else () if counts is None else (counts,)
         odd = [type(count).__name__ for count in each if type(count) is not int or each is not counts]
         if odd:
@@ -117,7 +159,12 @@ class Reduction:
         out = None
         if hidden is not None:
             gathered = hidden.index_select(1, index[0]) if rows == 1 else _gather(hidden, index)
-            out = self._average(hidden, size, moved, gathered, index) if self.merges else gathered
+            if self.mixture is not None:
+                out = _mixed(self.mixture, hidden, gathered, index)
+            elif self.merges and self.weighting != "keep_first":
+                out = self._average(hidden, size, moved, gathered, index)
+            else:
+                out = gathered
         return Reduced(out, total.gather(1, index), index, valid, counts)
 
     def _average(self, hidden: Tensor, size: Tensor, moved: Tensor, out: Tensor, index: Tensor) -> Tensor:
@@ -154,6 +201,19 @@ class Reduction:
                 summed = summed.index_add_(0, into - first, flat[its].to(exact) * (weights[its] * share[into])[:, None])
             out = out.index_copy_(0, place[heads[some]], (summed / total[some, None]).to(hidden.dtype))
         return out.view(rows, -1, width)
+
+
+def _mixed(mixture: Mixture, hidden: Tensor, out: Tensor, index: Tensor) -> Tensor:
+    """`out` (1, M, D), the states of the tokens `index` (1, M) of hidden (1, N, D), with the mixed ones put over theirs."""
+    into, group = mixture.into.unique(return_inverse=True)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    weight, flat = mixture.weight.to(exact)[:, None], hidden[0]
+    summed = flat.new_zeros(len(into), flat.shape[1], dtype=exact)
+    block = block_rows(flat)  # Of the sources' copies in full precision, only one block lives at a time.
+    for start in range(0, len(group), block):
+        some = slice(start, start + block)
+        summed.index_add_(0, group[some], flat[mixture.source[some]].to(exact) * weight[some])
+    return out.index_copy(1, torch.searchsorted(index[0], into), summed.to(hidden.dtype)[None])
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -19,19 +19,26 @@ batches, masks, rotary positions, KV caches, budgets, provenance.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from tokenreduce.amounts import Keep as Keep
+from tokenreduce.amounts import Layer as Layer
+from tokenreduce.amounts import Share as Share
+from tokenreduce.amounts import Tokens, count_in, layer_of, of_total, share_in
 from tokenreduce.errors import BudgetError, PipelineError, UnsupportedError
+from tokenreduce.layout import roles
 from tokenreduce.ops.carry import Carry
+from tokenreduce.ops.groups import Groups, grouped, shared, top_in_groups
 from tokenreduce.ops.topk import top_mask
-from tokenreduce.reduction import Reduction, Weighting
+from tokenreduce.reduction import Mixture, Reduction, Weighting
 
 SiteKind = Literal["pre_attention", "kv", "pre_ffn"]
 SITE_ORDER: tuple[SiteKind, ...] = ("pre_attention", "kv", "pre_ffn")
@@ -40,8 +47,10 @@ VisionKind = Literal["vision.input", "vision.block"]
 VISION_ORDER: tuple[VisionKind, ...] = ("vision.input", "vision.block")
 """Sites of the vision tower, all before those of the decoder; see tokenreduce.vision."""
 
-Layer = Annotated[int, Field(ge=0, strict=True)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Signal = Literal["grid", "ids", "tower.cls", "tower.mean", "tower.pooled", "tower.keys"]
+"""What not every model or layout can give: `ctx.row` and `ctx.column`, `ctx.ids`, and each of what `ctx.tower` has."""
+CountKind = Literal["known", "solved", "video"]
+"""Where a stage's count comes from: known from shapes, solved from the budget, or left to the video."""
 
 
 class Site(NamedTuple):
@@ -63,19 +72,24 @@ class Site(NamedTuple):
 class Capabilities:
     """What a strategy needs and does; checked against model, schedule and budget before the first forward.
 
-    sites: where it may act, its default first. attention: reads attention rows through `ctx.attention`.
+    sites: where it may act, its default first. attention: reads attention rows through `ctx.attention`: at all its sites, or
+    only at those named.
     chooses_count: it can keep exactly as many tokens as a budget leaves. merges: it averages tokens, not only drops them.
     content_dependent: how many tokens it leaves depends on the video. waits: it acts once, after the stages before it.
     spans: at `kv` sites it decides on attention spans instead of which tokens stay.
+    across_media: it may merge tokens of one image or video into another's. needs: what not every model can give; a pipeline
+    that needs what the model or the layout lacks is refused by name before anything runs.
     """
 
     sites: tuple[SiteKind, ...] | tuple[VisionKind, ...]
-    attention: bool = False
+    attention: bool | tuple[SiteKind, ...] = False
     chooses_count: bool = False
     merges: bool = False
     content_dependent: bool = False
     waits: bool = False
     spans: bool = False
+    across_media: bool = False
+    needs: tuple[Signal, ...] = ()
 
 
 class AnyStageConfig(BaseModel):
@@ -93,10 +107,11 @@ class StageConfig(AnyStageConfig):
     site: SiteKind | None = Field(None, description="Where in a layer the stage acts; default: the strategy's own.")
     at: Layer | list[Layer] | Literal["next"] | None = Field(
         None,
-        description="Layer or layers at which the stage acts; `next`: once, where the stage before it has finished.",
+        description="Layer or layers at which the stage acts, each a number or a share of the depth with a decimal point; "
+        "`next`: once, where the stage before it has finished.",
     )
-    from_: Layer | None = Field(None, alias="from", description="First layer of a range.")
-    until: Layer | None = Field(None, description="Last layer of a range, included.")
+    from_: Layer | None = Field(None, alias="from", description="First layer of a range, or a share of the depth.")
+    until: Layer | None = Field(None, description="Last layer of a range, included, or a share of the depth.")
 
     @model_validator(mode="after")
     def _one_schedule(self) -> StageConfig:
@@ -106,10 +121,14 @@ class StageConfig(AnyStageConfig):
             raise ValueError(
                 f"{self.strategy} acts at the layers in `at` ({self.at}); list them there instead of `from`/`until`"
             )
-        if self.from_ is not None and self.until is not None and self.until < self.from_:
+        comparable = type(self.from_) is type(self.until)
+        if comparable and self.from_ is not None and self.until is not None and self.until < self.from_:
             raise ValueError(f"`until: {self.until}` comes before `from: {self.from_}`")
-        if isinstance(self.at, list) and (not self.at or self.at != sorted(set(self.at))):
-            raise ValueError("`at` must be a list of layers in growing order without repeats")
+        if isinstance(self.at, list):
+            # A number and a share are compared when the depth is known.
+            each = [[layer for layer in self.at if isinstance(layer, kind)] for kind in (int, float)]
+            if not self.at or any(layers != sorted(set(layers)) for layers in each):
+                raise ValueError("`at` must be a list of layers in growing order without repeats")
         return self
 
 
@@ -149,6 +168,8 @@ class Decision:
 Queries = Literal["last", "all"] | int
 Action = Literal["prune", "merge", "bound"]
 Heads = Literal["mean", "max"]
+Rows = Literal["sum", "max", "each"]
+"""How the attention of several queries becomes one number per token: or does not."""
 
 
 @dataclass
@@ -161,6 +182,7 @@ class StageContext:
     size: (n,) long, originals each token stands for. reducible: (n,) bool, tokens the stage may touch; all others stay.
     reducible_count: how many those are. original_reducible: how many they were at the start.
     state: a dict that the stage keeps for this sequence and this forward.
+    role, marker, ids, row, column: further facts, (n,) long each, looked up when they are asked for; see there.
 
     hidden is the model's own memory, at layer 0 perhaps the caller's: to write to it, clone it. A write is noticed by the
     tensor's version counter and refused (PluginError), in inference mode too; only what goes round the counter (`.data`,
@@ -179,14 +201,58 @@ class StageContext:
     reducible_count: int
     original_reducible: int
     state: dict[str, Any] = field(default_factory=dict)
-    attention_source: Callable[[Queries, Heads], Tensor] | None = None
+    attention_source: Callable[..., Tensor] | None = None
     allowance_source: Callable[[Action], int] | None = None
     refusal_source: Callable[[int, str], BudgetError] | None = None
+    fact_source: Callable[[str], Tensor | None] | None = None
+    per_medium: int | None = None
+    """Where the stage says `keep: {tokens: …, per: medium}`: how many tokens of each image or video stay."""
 
     @property
     def n(self) -> int:
         """Tokens alive."""
         return self.hidden.shape[0]
+
+    # Further facts ----------------------------------------------------------------------------------------------------
+
+    def _fact(self, name: str) -> Tensor | None:
+        return None if self.fact_source is None else self.fact_source(name)
+
+    @cached_property
+    def role(self) -> Tensor:
+        """(n,) long: what each token is for: VISION, or text that is SYSTEM, BEFORE the first vision token, AROUND or between
+        vision tokens, the QUESTION after the last, or the TAIL of the template after that. See `tokenreduce.layout.roles`."""
+        found = self._fact("role")
+        return roles(self.slot) if found is None else found
+
+    @cached_property
+    def marker(self) -> Tensor:
+        """(n,) long: PLAIN, NEWLINE, WRAPPER or TIMESTAMP, see TokenLayout."""
+        found = self._fact("marker")
+        return torch.zeros_like(self.slot) if found is None else found
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """(n,) long: token ids as given to the model; at vision tokens the placeholder's. Declare `needs=("ids",)`."""
+        return self._needed("ids", "it was called with embeddings; call it with input_ids")
+
+    @cached_property
+    def row(self) -> Tensor:
+        """(n,) long: row of each token in the grid of its frame, −1 in none (text, newlines). Declare `needs=("grid",)`."""
+        return self._needed("row", "its layout has no rows and columns; give TokenLayout(..., row=..., column=...)")
+
+    @cached_property
+    def column(self) -> Tensor:
+        """(n,) long: column of each token in the grid of its frame, −1 in none. Declare `needs=("grid",)`."""
+        return self._needed("column", "its layout has no rows and columns; give TokenLayout(..., row=..., column=...)")
+
+    def _needed(self, name: str, why: str) -> Tensor:
+        found = self._fact(name)
+        if found is None:
+            raise UnsupportedError(f"{self.site}: a strategy reads ctx.{name}, which this call does not give: {why}")
+        return found
+
+    # Budget -----------------------------------------------------------------------------------------------------------
 
     @property
     def has_budget(self) -> bool:
@@ -212,38 +278,135 @@ class StageContext:
         """
         return BudgetError(reason) if self.refusal_source is None else self.refusal_source(least, reason)
 
-    def attention(self, queries: Queries = "last", heads: Heads = "mean") -> Tensor:
+    def attention(
+        self,
+        queries: Queries | Tensor = "last",
+        heads: Heads | Literal["each"] = "mean",
+        rows: Rows = "sum",
+    ) -> Tensor:
         """(n,) float32: attention that each token receives, summed over `queries`, then mean or max over heads.
 
-        queries: `last` row, `all` rows (cumulative importance), or the last so many rows. At `pre_ffn` sites the layer's own
-        attention, at `pre_attention` sites that of the layer before. No N×N matrix is made.
+        queries: `last` row, `all` rows (cumulative importance), the last so many rows, or (r,) long, places among the n tokens:
+        one pass, whatever their number. rows: `max` over them instead of the sum, or `each`. heads: `each` keeps them apart. The
+        axes come first: (H, n), (r, n), (H, r, n). At `pre_ffn` sites the layer's own attention, at `pre_attention` sites that of
+        the layer before. No N×N matrix is made, unless all rows are asked for each.
         """
-        count = isinstance(queries, int) and not isinstance(queries, bool) and queries >= 1
-        if not count and queries not in ("last", "all"):
-            raise ValueError(f"queries must be last, all or a whole number from 1, got {queries!r}")
-        if heads not in get_args(Heads):
-            raise ValueError(f"heads must be mean or max, got {heads!r}")
+        if isinstance(queries, Tensor):
+            if queries.dtype != torch.long or queries.dim() != 1:
+                raise ValueError(f"queries must be an (r,) long tensor of places, got {queries.dtype} {queries.shape}")
+            if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < self.n:
+                raise ValueError(f"queries must be places in 0 … {self.n - 1}")
+        else:
+            count = isinstance(queries, int) and not isinstance(queries, bool) and queries >= 1
+            if not count and queries not in ("last", "all"):
+                raise ValueError(
+                    f"queries must be last, all, a whole number from 1, or a tensor of places, got {queries!r}"
+                )
+        if heads not in (*get_args(Heads), "each"):
+            raise ValueError(f"heads must be mean, max or each, got {heads!r}")
+        if rows not in get_args(Rows):
+            raise ValueError(f"rows must be sum, max or each, got {rows!r}")
         if self.attention_source is None:
             raise PipelineError(f"{self.site}: no attention has been computed before this site")
-        return self.attention_source(queries, heads)
+        return self.attention_source(queries, heads) if rows == "sum" else self.attention_source(queries, heads, rows)
 
-    def keep_top(self, scores: Tensor, count: int | None = None) -> Reduction:
+    # Groups -----------------------------------------------------------------------------------------------------------
+
+    def groups(self, by: Literal["frame", "medium"] | Tensor = "frame") -> Groups:
+        """The reducible tokens by frame (of each medium), by medium, or by numbers of your own (n,) long, below 0 for none.
+
+        Groups are numbered by their first token, and none is empty.
+        """
+        inside = self.reducible
+        if isinstance(by, Tensor):
+            if by.shape != (self.n,) or by.dtype != torch.long:
+                raise ValueError(
+                    f"groups needs one whole number per token, ({self.n},) long, got {by.dtype} {by.shape}"
+                )
+            return grouped(by, inside & (by >= 0))
+        if by == "medium":
+            return grouped(self.medium, inside)
+        if by == "frame":
+            return grouped(self.medium * (self.frame.max() + 1) + self.frame, inside)
+        raise ValueError(f"groups are by frame, medium or a tensor, got {by!r}")
+
+    def share(
+        self, total: int, groups: Groups, weights: Sequence[float] | Tensor | None = None, least: int = 0
+    ) -> tuple[int, ...]:
+        """`total` tokens over the groups by `weights` (g,): largest remainder, exact sum, no group above its size.
+
+        least: what each group gets first, where `total` and its size allow. Equal remainders go to the earlier group.
+        """
+        sizes = groups.counts
+        base = [0] * len(sizes)
+        if least and total >= (floor := sum(min(least, size) for size in sizes)):
+            base, total = [min(least, size) for size in sizes], total - floor
+        more = shared(total, [size - first for size, first in zip(sizes, base, strict=True)], weights)
+        return tuple(first + extra for first, extra in zip(base, more, strict=True))
+
+    # Decisions --------------------------------------------------------------------------------------------------------
+
+    def keep(self, mask: Tensor) -> Reduction:
+        """Keep the tokens where `mask` (n,) bool is True, and every token that may not be touched."""
+        return Reduction.keep((mask | ~self.reducible)[None])
+
+    def keep_top(
+        self,
+        scores: Tensor,
+        count: int | None = None,
+        *,
+        per: Groups | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Reduction:
         """Keep every token that may not be touched and the `count` (default: what the budget leaves) others of highest score.
 
-        scores: (n,). Ties go to the earlier token; NaN ranks last.
+        scores: (n,). Ties go to the earlier token; NaN ranks last. per, counts: instead of one count, so many of each group;
+        reducible tokens in no group go.
         """
-        count = reducible_allowance(self) if count is None else count
         if scores.shape != (self.n,):
             raise ValueError(f"keep_top needs one score per token, ({self.n},), got {tuple(scores.shape)}")
+        if per is None and self.per_medium is not None and count is not None:
+            per = self.groups("medium")
+            counts, wanted = [min(self.per_medium, size) for size in per.counts], count
+            if sum(counts) != wanted:
+                raise PipelineError(f"{self.site}: a strategy that keeps {wanted} tokens cannot keep them per medium")
+        if per is not None:
+            if counts is None or len(counts) != per.count or any(one < 0 for one in counts):
+                raise ValueError(f"keep_top needs a count from 0 for each of {per.count} groups, got {counts!r}")
+            stays = sum(min(one, size) for one, size in zip(counts, per.counts, strict=True))
+            mask = top_in_groups(scores, per, counts) & self.reducible | ~self.reducible
+            return Reduction.keep(mask[None], counts=(self.n - self.reducible_count + stays,))
+        count = reducible_allowance(self) if count is None else count
         if not isinstance(count, int) or count < 0:
             raise ValueError(f"keep_top needs a whole number of tokens from 0, got {count!r}")
         count = min(count, self.reducible_count)
         mask = top_mask(scores, count, self.reducible) | ~self.reducible
         return Reduction.keep(mask[None], counts=(self.n - self.reducible_count + count,))
 
-    def merge(self, target: Tensor, weighting: Weighting = "size") -> Reduction:
-        """Merge tokens into `target` (n,) long."""
-        return Reduction.merge(target[None], weighting)
+    def merge(
+        self,
+        target: Tensor,
+        weighting: Weighting = "size",
+        *,
+        weights: Tensor | None = None,
+        mixture: Mixture | None = None,
+    ) -> Reduction:
+        """Merge tokens into `target` (n,) long: its own place for a token that stays, −1 for one that is dropped.
+
+        weighting: `size`: the mean of the originals. `plain`: the mean of what is there. `keep_first`: the token that stays
+        keeps its state, and what merges into it only counts. weights: (n,) float, instead: a reducible token that stays becomes
+        Σ w·x over the tokens whose target it is, itself included, whether or not the weights sum to one. mixture: instead, edges
+        from any tokens into any that stay, see Mixture. Merging across media needs Capabilities(across_media=True).
+        """
+        if weights is None and mixture is None:
+            return Reduction.merge(target[None], weighting)
+        if weights is not None:
+            if weights.shape != (self.n,) or not weights.is_floating_point():
+                raise ValueError(f"merge needs one weight per token, ({self.n},) float, got {tuple(weights.shape)}")
+            source = (self.reducible & (target >= 0)).nonzero().squeeze(1)
+            mixture = Mixture(target[source], source, weights[source])
+        assert mixture is not None
+        return Reduction.mix(target[None], mixture)
 
     def random(self, seed: int) -> Tensor:
         """(n,) uniform scores that depend on `seed` and the original positions only, not on batch, device or threads."""
@@ -272,7 +435,7 @@ class CountView:
     reading: Callable[[Queries], None] | None = None
 
     def attention(self, queries: Queries = "last") -> None:
-        """To be called where `decide` reads attention: a budget of FLOPs has to pay for it."""
+        """To be called where `decide` reads attention: a budget of FLOPs has to pay for it. queries: of chosen rows, how many."""
         if self.reading is not None:
             self.reading(queries)
 
@@ -284,6 +447,11 @@ class CountView:
             )
         return self.allowance_source(action)
 
+    @property
+    def per_medium(self) -> None:
+        """Counts do not know of media: see `Strategy.keep_count`."""
+        return None
+
 
 def reducible_allowance(ctx: StageContext | CountView, action: Action = "prune") -> int:
     """How many reducible tokens the allowance leaves: at `kv` sites it counts those that always stay, too."""
@@ -293,12 +461,16 @@ def reducible_allowance(ctx: StageContext | CountView, action: Action = "prune")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Forecast of a Decision: reducible tokens that remain (at `kv` sites: tokens the cache holds), and its flags."""
+    """Forecast of a Decision: reducible tokens that remain (at `kv` sites: tokens the cache holds), and its flags.
+
+    assumed: where the count depends on the video, what was taken for granted, in a clause; `plan` shows it.
+    """
 
     count: int
     finished: bool = False
     budget_met: bool = False
     consumed: bool = True
+    assumed: str = ""
 
 
 class Strategy(ABC):
@@ -345,37 +517,58 @@ class Strategy(ABC):
         """The error for `carry` to raise."""
         return UnsupportedError(f"{self.name} cannot run in a stream: {reason}")
 
-    def share_at(self, site: Site, depth: int) -> Fraction | None:
-        """The stage's `keep` for `site`: the share of the original reducible tokens that stays, None where it is solved."""
+    def keep_at(self, site: Site, depth: int) -> Keep | None:
+        """The stage's `keep` for `site`; None where the count is solved."""
         keep = getattr(self.config, "keep", None)
         if isinstance(keep, (list, tuple)):
             sites = self.schedule(depth)
             if len(keep) != len(sites):
                 raise PipelineError(f"{self.name}: `keep` has {len(keep)} shares for {len(sites)} layers in `at`")
             keep = keep[sites.index(site)]
-        return None if keep is None else Fraction(repr(keep))
+        return keep  # type: ignore[no-any-return]
+
+    def share_at(self, site: Site, depth: int) -> Fraction | None:
+        """The stage's `keep` for `site` as a share of the original reducible tokens; None where it is solved, or a count."""
+        keep = self.keep_at(site, depth)
+        return None if keep is None else share_in(keep)
+
+    def count_at(self, site: Site, depth: int, original: int) -> int | None:
+        """How many of `original` reducible tokens stay by the stage's `keep`, by a share at least 1; None: solved."""
+        keep = self.keep_at(site, depth)
+        count = None if keep is None else count_in(keep)
+        if count is not None:
+            return min(count, original)
+        share = self.share_at(site, depth)
+        return None if share is None else max(of_total(share, original), 1)
 
     def keep_count(self, ctx: StageContext | CountView, action: Action = "prune") -> int:
         """How many reducible tokens stay: by the stage's `keep`, else by the budget."""
-        keep = self.share_at(ctx.site, ctx.depth)
-        count = reducible_allowance(ctx, action) if keep is None else max(int(keep * ctx.original_reducible), 1)
-        return min(count, ctx.reducible_count)
+        if ctx.per_medium is not None and isinstance(ctx, StageContext):
+            return sum(min(ctx.per_medium, size) for size in ctx.groups("medium").counts)
+        count = self.count_at(ctx.site, ctx.depth, ctx.original_reducible)
+        return min(reducible_allowance(ctx, action) if count is None else count, ctx.reducible_count)
+
+    def reads(self, site: Site) -> bool:
+        """Whether the stage reads attention at `site`."""
+        attention = self.capabilities.attention
+        return attention if isinstance(attention, bool) else site.kind in attention
 
     def schedule(self, depth: int) -> list[Site]:
         """The sites at which the stage is asked, in order, for a decoder of `depth` layers."""
         config = self.config
         kind: SiteKind = config.site or self.capabilities.sites[0]  # type: ignore[assignment]
-        if isinstance(config.at, int):
-            layers = [config.at]
-        elif isinstance(config.at, list):
-            layers = list(config.at)
+        if config.at is not None and config.at != "next":
+            layers = [layer_of(layer, depth) for layer in (config.at if isinstance(config.at, list) else [config.at])]
+            if layers != sorted(set(layers)):
+                raise PipelineError(
+                    f"{self.name}: `at: {config.at}` is layers {layers} of {depth}; they must grow without repeats"
+                )
         else:
             # Attention before a layer's own is that of the layer before: layer 0 has none.
-            first = 1 if self.capabilities.attention and kind == "pre_attention" else 0
-            layers = list(
-                range(max(config.from_ or 0, first), (depth - 1 if config.until is None else config.until) + 1)
-            )
-        if self.capabilities.attention and kind == "pre_attention" and 0 in layers:
+            first = 1 if kind == "pre_attention" and self.reads(Site(0, kind)) else 0
+            last = depth - 1 if config.until is None else layer_of(config.until, depth)
+            layers = list(range(max(layer_of(config.from_ or 0, depth), first), last + 1))
+        if kind == "pre_attention" and 0 in layers and self.reads(Site(0, kind)):
             raise PipelineError(
                 f"{self.name} reads attention, and before layer 0 there is none; let it act at layer 1 or later"
             )
@@ -394,7 +587,19 @@ class Strategy(ABC):
     @property
     def fixed_count(self) -> bool:
         """Whether `forecast` knows how many tokens `decide` leaves, whatever the video shows: what a compiled model needs."""
+        keep = getattr(self.config, "keep", None)
+        each = keep if isinstance(keep, (list, tuple)) else [keep]
+        if any(isinstance(one, Tokens) and one.per for one in each):
+            return False  # How many media there are, shapes do not say.
         return not self.capabilities.content_dependent
+
+    @property
+    def count_kind(self) -> CountKind:
+        """Where the count comes from: what `tokenreduce plan` says of its figures."""
+        if not self.fixed_count:
+            return "video"
+        needs = self.needs_budget
+        return "solved" if (needs() if callable(needs) else needs) else "known"
 
     def needs_budget(self) -> bool:
         """Whether the stage cannot act without a budget."""

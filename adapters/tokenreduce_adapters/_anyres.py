@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,8 +67,21 @@ class AnyresAdapter(VisionAdapter):
     def places(self, model: nn.Module, prompt: Prompt, medium: Medium) -> Places:
         encoded = encoded_features(prompt, "image")
         if encoded is None:
-            return image_places(medium, self.image_newlines(model, prompt)[medium.index].to(medium.columns.device))
+            newline = self.image_newlines(model, prompt)[medium.index].to(medium.columns.device)
+            return _in_grids(image_places(medium, newline), tower_side(model.config))
         # generate() takes the sizes away; the learned newline is in the features as it is, bit for bit.
         features = encoded[medium.index]
         learned: Any = getattr(model, "model", model).image_newline
-        return image_places(medium, (features == learned.to(features)).all(-1).to(medium.columns.device))
+        newline = (features == learned.to(features)).all(-1).to(medium.columns.device)
+        return _in_grids(image_places(medium, newline), tower_side(model.config))
+
+
+def _in_grids(places: Places, side: int) -> Places:
+    """An image with its rows and columns: an overview of side × side, and below it the rows that newlines end."""
+    newline, slot = places.newline, places.slot
+    assert newline is not None
+    behind = slot >= side**2
+    row = torch.where(behind, side + newline.cumsum(0) - newline.long(), slot // side)
+    starts = torch.cat([slot[:1] + side**2, newline.nonzero().squeeze(1) + 1])
+    column = torch.where(behind, slot - starts[(row - side).clamp(min=0)], slot % side)
+    return replace(places, grid=torch.where(newline, -1, torch.stack([row, column])))

@@ -20,6 +20,7 @@ from tokenreduce_adapters._runs import (
     image_places,
     placeholder,
     runs,
+    square_side,
 )
 
 LABEL_LIMIT = 16
@@ -77,9 +78,10 @@ class LabelledAdapter(VisionAdapter):
         return found
 
     def places(self, model: nn.Module, prompt: Prompt, medium: Medium) -> Places:
-        if medium.kind == "image":
-            return image_places(medium)
-        return frame_places(medium, self.per_tile(model.config), self.name)
+        per_tile = self.per_tile(model.config)
+        # Tiles lie one below the other: their grid in the picture is not in the ids.
+        places = image_places(medium) if medium.kind == "image" else frame_places(medium, per_tile, self.name)
+        return places.in_rows_of(square_side(per_tile))
 
     def _videos(self, ids: list[int], pictures: list[Picture]) -> list[list[Picture]]:
         """Pictures that are frames of one video together, every other picture alone."""

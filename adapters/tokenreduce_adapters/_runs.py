@@ -6,8 +6,9 @@ second turn) the model treats the same id as text, and so does the layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,11 +43,20 @@ class Medium:
 
 @dataclass(frozen=True)
 class Places:
-    """Where each of the L tokens of a medium is: slot and frame (L,) long, newline (L,) bool or None."""
+    """Where each of the L tokens of a medium is: slot and frame (L,) long, newline (L,) bool or None.
+
+    grid: (2, L) long, row and column in its frame, −1 for newlines; None where the family has no grid.
+    """
 
     slot: Tensor
     frame: Tensor
     newline: Tensor | None = None
+    grid: Tensor | None = None
+
+    def in_rows_of(self, columns: int) -> Places:
+        """The same, with frames that are rows of `columns` slots each; newlines are in none."""
+        grid = torch.stack([self.slot // columns, self.slot % columns])
+        return replace(self, grid=grid if self.newline is None else torch.where(self.newline, -1, grid))
 
 
 class VisionAdapter(ModelAdapter):
@@ -93,6 +103,7 @@ class VisionAdapter(ModelAdapter):
         found.sort(key=lambda m: (m.row, int(m.columns[0])))
         slot, frame, medium = (torch.full_like(prompt.input_ids, -1, dtype=torch.long) for _ in range(3))
         marker = torch.full_like(slot, PLAIN)
+        grid: Tensor | None = None
         for m in found:
             self._mark_text(marker[m.row], m)
         count = [0] * len(slot)
@@ -101,8 +112,12 @@ class VisionAdapter(ModelAdapter):
             slot[m.row, m.columns], frame[m.row, m.columns] = place.slot, place.frame
             medium[m.row, m.columns] = count[m.row]
             marker[m.row, m.columns] = PLAIN if place.newline is None else torch.where(place.newline, NEWLINE, PLAIN)
+            if place.grid is not None:
+                grid = slot.new_full((2, *slot.shape), -1) if grid is None else grid
+                grid[:, m.row, m.columns] = place.grid
             count[m.row] += 1
-        return TokenLayout(slot=slot, frame=frame, medium=medium, marker=marker)
+        row, column = (None, None) if grid is None else grid
+        return TokenLayout(slot=slot, frame=frame, medium=medium, marker=marker, row=row, column=column)
 
     def _mark_text(self, marker: Tensor, medium: Medium) -> None:
         """Marks the text in and around `medium` in `marker` (N,): times between frames, wrappers around runs."""
@@ -161,6 +176,14 @@ def frame_places(medium: Medium, per_frame: int, family: str) -> Places:
         )
     token = torch.arange(len(medium), device=medium.columns.device)
     return Places(token % per_frame, token // per_frame)
+
+
+def square_side(tokens: int) -> int:
+    """The side of a square of so many tokens. LayoutError where it is none."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise LayoutError(f"{tokens} tokens of a frame are not a square")
+    return side
 
 
 def runs(columns: Tensor) -> list[Tensor]:

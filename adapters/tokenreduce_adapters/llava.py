@@ -7,7 +7,17 @@ from torch import nn
 
 from tokenreduce.adapter import Prompt, VisionTower
 from tokenreduce_adapters._anyres import AnyresAdapter
-from tokenreduce_adapters._runs import Kind, VisionAdapter, placeholder, settings
+from tokenreduce_adapters._runs import (
+    Kind,
+    Medium,
+    Places,
+    VisionAdapter,
+    image_places,
+    placeholder,
+    runs,
+    settings,
+    square_side,
+)
 from tokenreduce_adapters._towers import frames_tower
 
 
@@ -32,6 +42,15 @@ class LlavaAdapter(VisionAdapter):
         images = len(prompt.kwargs["pixel_values"])
         total = int(torch.eq(prompt.input_ids, placeholder(model, kind)).sum())
         return [total // images] * images
+
+    def places(self, model: nn.Module, prompt: Prompt, medium: Medium) -> Places:
+        places = image_places(medium)
+        sizes = prompt.kwargs.get("image_sizes")
+        if sizes is not None:
+            return places.in_rows_of(int(sizes[medium.index][1]) // settings(model).vision_config.patch_size)
+        # Without its size (generate() takes it away), a Pixtral image still has a run of ids for each row.
+        width = len(runs(medium.columns)[0])
+        return places.in_rows_of(width if width < len(medium) else square_side(len(medium)))
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         return frames_tower(model)

@@ -6,7 +6,7 @@ from torch import nn
 
 from tokenreduce.adapter import Prompt
 from tokenreduce_adapters._anyres import AnyresAdapter, tower_side
-from tokenreduce_adapters._runs import Kind, Medium, Places, frame_places, settings
+from tokenreduce_adapters._runs import Kind, Medium, Places, frame_places, settings, square_side
 
 
 class LlavaNextVideoAdapter(AnyresAdapter):
@@ -30,7 +30,8 @@ class LlavaNextVideoAdapter(AnyresAdapter):
     def places(self, model: nn.Module, prompt: Prompt, medium: Medium) -> Places:
         if medium.kind == "image":
             return super().places(model, prompt, medium)
-        return frame_places(medium, _per_frame(model), self.name)
+        per_frame = _per_frame(model)
+        return frame_places(medium, per_frame, self.name).in_rows_of(square_side(per_frame))
 
 
 def _per_frame(model: nn.Module) -> int:

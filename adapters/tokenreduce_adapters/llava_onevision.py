@@ -45,7 +45,7 @@ class LlavaOnevisionAdapter(AnyresAdapter):
         patches = frame_places(Medium("video", medium.index, medium.row, medium.columns[:-1]), per_frame, self.name)
         slot = nn.functional.pad(patches.slot, (0, 1), value=per_frame)
         frame = nn.functional.pad(patches.frame, (0, 1), value=int(len(medium) // per_frame) - 1)
-        return Places(slot, frame, slot == per_frame)
+        return Places(slot, frame, slot == per_frame).in_rows_of(math.ceil(tower_side(model.config) / 2))
 
 
 def _per_frame(config: Any) -> int:

@@ -54,7 +54,8 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
             return AnyresAdapter.places(self, model, prompt, medium)
         config = settings(model)
         places = frame_places(medium, config.tokens_per_frame, self.name)
-        return replace(places, newline=places.slot % (config.rows + 1) == config.rows)
+        width = config.rows + 1
+        return replace(places, newline=places.slot % width == config.rows).in_rows_of(width)
 
 
 def _touch(before: Medium, after: Medium) -> bool:

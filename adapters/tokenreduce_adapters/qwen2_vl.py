@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,20 @@ class Qwen2VLAdapter(VisionAdapter):
         return [t * h * w // area for t, h, w in prompt.kwargs[f"{kind}_grid_thw"].tolist()]
 
     def places(self, model: nn.Module, prompt: Prompt, medium: Medium) -> Places:
+        places = self.frames(prompt, medium)
+        grids, positions = prompt.kwargs.get(f"{medium.kind}_grid_thw"), prompt.position_ids
+        if grids is not None:
+            side = settings(model).vision_config.spatial_merge_size
+            return places.in_rows_of(int(grids[medium.index][2]) // side)
+        if positions is None or positions.dim() != 3:
+            return places
+        place = positions[-2:, medium.row, medium.columns].to(places.frame.device)
+        first = place.new_zeros(2, int(places.frame.max()) + 1)
+        first = first.scatter_reduce_(1, places.frame.expand(2, -1), place, "amin", include_self=False)
+        return replace(places, grid=place - first[:, places.frame])
+
+    def frames(self, prompt: Prompt, medium: Medium) -> Places:
+        """Slots and frames of one medium."""
         if medium.kind == "image":
             return image_places(medium)
         grids = prompt.kwargs.get("video_grid_thw")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from tokenreduce.adapter import Prompt
 from tokenreduce_adapters._runs import Medium, Places, image_places, runs
@@ -31,7 +30,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     deepstack = ("visual_pos_masks", "deepstack_visual_embeds")
     notes = "timestamps between frames stay; deepstack rows are merged with the tokens they belong to"
 
-    def places(self, model: nn.Module, prompt: Prompt, medium: Medium) -> Places:
+    def frames(self, prompt: Prompt, medium: Medium) -> Places:
         if medium.kind == "image":
             return image_places(medium)
         frames = [len(run) for run in runs(medium.columns)]

@@ -71,6 +71,25 @@ def assert_same(got: TokenLayout, expected: TokenLayout) -> None:
     assert got.protected is None
 
 
+def assert_grid(forward: TokenLayout, prefill: TokenLayout) -> None:
+    """In raster order, no two tokens of a frame in one place, none without one but newlines; alike in both kinds of call."""
+    row, column = forward.row, forward.column
+    assert row is not None
+    assert column is not None
+    assert prefill.row is not None
+    assert torch.equal(row, prefill.row)
+    assert prefill.column is not None
+    assert torch.equal(column, prefill.column)
+    placed = forward.vision & (forward.marker != NEWLINE)
+    assert torch.equal(row >= 0, placed)
+    assert torch.equal(column >= 0, placed)
+    for number, here in enumerate(placed):
+        keys = torch.stack([forward.media()[number], forward.frame[number], row[number], column[number]])
+        places = [tuple(place) for place in keys[:, here].T.tolist()]
+        assert len(set(places)) == len(places)
+        assert places == sorted(places)
+
+
 def columns(layout: TokenLayout, part: slice) -> TokenLayout:
     return TokenLayout(*(getattr(layout, name)[:, part] for name in ("slot", "frame", "medium", "marker")))
 
@@ -89,6 +108,29 @@ def test_layout_of_a_forward_and_under_generate(name: str, mix: str) -> None:
     assert_same(forward, sample.layout)
     assert_same(prefill, sample.layout)
     assert_text(decode)
+    if forward.vision.any():
+        assert_grid(forward, prefill)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "rows", "columns"),
+    [
+        ("llava_onevision", [Video(1)], [0, 0, 0, 1, 1, 1, 2, 2, 2, -1], [0, 1, 2, 0, 1, 2, 0, 1, 2, -1]),
+        (
+            "qwen2_vl",
+            [Video(2, (1, 2)), Image((8, 24))],
+            [-1, 0, 0, 0, 0, -1, -1, 0, 0, 0, -1],
+            [-1, 0, 1, 0, 1, -1, -1, 0, 1, 2, -1],
+        ),
+        ("qwen2_5_vl", [Video(1, (2, 2))], [-1, 0, 0, 1, 1, -1], [-1, 0, 1, 0, 1, -1]),
+    ],
+)
+def test_rows_and_columns_by_hand(name: str, parts: list[Part], rows: list[int], columns: list[int]) -> None:
+    sample = FAMILIES[name].sample([parts])
+    (layout,) = layouts(model_of(name), sample.inputs)
+    assert layout.row is not None
+    assert layout.column is not None
+    assert (layout.row[0].tolist(), layout.column[0].tolist()) == (rows, columns)
 
 
 # ------------------------------------------------------------------------------- small cases, written out in full

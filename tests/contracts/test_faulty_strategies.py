@@ -133,7 +133,7 @@ FAULTS: dict[str, tuple[Callable[[StageContext], Any], str]] = {
     "sparse": (lambda ctx: tr.Reduction(torch.arange(ctx.n)[None].to_sparse()), "long tensor, got torch.sparse_coo"),
     "weighting": (
         lambda ctx: ctx.merge(torch.arange(ctx.n), "junk"),  # type: ignore[arg-type]
-        "strategy double at .*: Reduction.weighting must be size or plain, got 'junk'",
+        "strategy double at .*: Reduction.weighting must be size, plain or keep_first, got 'junk'",
     ),
     "counts_number": (
         lambda ctx: tr.Reduction(torch.arange(ctx.n)[None], counts=ctx.n),  # type: ignore[arg-type]
@@ -172,11 +172,17 @@ FAULTS: dict[str, tuple[Callable[[StageContext], Any], str]] = {
         r"strategy double at .* failed: ValueError: keep_top needs one score per token, \(32,\), got \(30,\)",
     ),
     "negative_count": (lambda ctx: ctx.keep_top(ctx.random(0), -3), "a whole number of tokens from 0, got -3"),
-    "half_a_query": (lambda ctx: ctx.attention(2.5), "queries must be last, all or a whole number from 1, got 2.5"),  # type: ignore[arg-type]
-    "no_query": (lambda ctx: ctx.attention(0), "queries must be last, all or a whole number from 1, got 0"),
+    "half_a_query": (
+        lambda ctx: ctx.attention(2.5),
+        "or a tensor of places, got 2.5",
+    ),  # type: ignore[arg-type]
+    "no_query": (
+        lambda ctx: ctx.attention(0),
+        "or a tensor of places, got 0",
+    ),
     "median_heads": (
         lambda ctx: ctx.attention("last", "median"),  # type: ignore[arg-type]
-        "heads must be mean or max, got 'median'",
+        "heads must be mean, max or each, got 'median'",
     ),
     "reads_attention_it_did_not_ask_for": (
         lambda ctx: ctx.attention(),

@@ -95,7 +95,7 @@ FAULTS: dict[str, tuple[Callable[[VisionContext], Any], str]] = {
     "too_many": (lambda ctx: Reduction(torch.arange(99)[None]), r" returned a reduction of \(1, 99\), expected"),
     "weighting": (
         lambda ctx: Reduction(whole(ctx), weighting="junk"),  # type: ignore[arg-type]
-        ": Reduction.weighting must be size or plain, got 'junk'",
+        ": Reduction.weighting must be size, plain or keep_first, got 'junk'",
     ),
     "counts": (lambda ctx: Reduction(whole(ctx), counts=5), ": Reduction.counts must be a tuple"),  # type: ignore[arg-type]
     "drops": (lambda ctx: Reduction(torch.full_like(whole(ctx), -1)), " drops tokens"),

@@ -57,21 +57,27 @@ STAGES = "name: x\nstages:\n  - strategy: fastv\n    keep: 0.5\n  - strategy: si
         (STAGES + "threshold: .nan\n", "bad.yaml:6:16: stages[1].threshold: expected a finite number, got nan"),
         (STAGES + "stop_below: -.inf\n", "bad.yaml:6:17: stages[1].stop_below: expected a finite number, got -inf"),
         (STAGES + "threshold: 1.5\n", "bad.yaml:6:16: stages[1].threshold: expected a number of at most 1.0, got 1.5"),
-        (STAGES + "from: 1.5\n", "bad.yaml:6:11: stages[1].from: expected a whole number, got 1.5"),
-        (STAGES + "from: true\n", "bad.yaml:6:11: stages[1].from: expected a whole number, got True"),
+        (
+            STAGES + "from: 1.5\n",
+            "bad.yaml:6:11: stages[1].from: expected a whole number or a number below 1.0, got 1.5",
+        ),
+        (STAGES + "from: true\n", "bad.yaml:6:11: stages[1].from: expected a whole number or a number, got True"),
         (
             STAGES + "tresholds: 0.6\n",
             "bad.yaml:6:5: stages[1].tresholds: unknown field; did you mean 'threshold'? (known: at, from, ",
         ),
         (
             STAGES + "weighting: sise\n",
-            "bad.yaml:6:16: stages[1].weighting: expected 'size' or 'plain', got 'sise'; did you mean 'size'?",
+            "bad.yaml:6:16: stages[1].weighting: expected 'size', 'plain' or 'keep_first', got 'sise'; did you mean 'size'?",
         ),
         (
             STAGES + "at: nxt\n",
-            "bad.yaml:6:9: stages[1].at: expected a whole number or a list or 'next', got 'nxt'; did you mean 'next'?",
+            "bad.yaml:6:9: stages[1].at: expected a whole number or a number or a list or 'next', got 'nxt'",
         ),
-        (STAGES + "at: [2, -1]\n", "bad.yaml:6:13: stages[1].at[1]: expected a number of at least 0, got -1"),
+        (
+            STAGES + "at: [2, -1]\n",
+            "bad.yaml:6:13: stages[1].at[1]: expected a number of at least 0 or a number above 0.0, got -1",
+        ),
         (STAGES + "at: [2, 1]\n", "bad.yaml:5:5: stages[1]: `at` must be a list of layers in growing order"),
         (STAGES + "from: 3\n    until: 1\n", "bad.yaml:5:5: stages[1]: `until: 1` comes before `from: 3`"),
         (
@@ -130,7 +136,7 @@ def test_budget_errors(tmp_path: Path, budget: str, line: str) -> None:
 
 
 def test_all_problems_are_listed_in_the_order_of_the_file(tmp_path: Path) -> None:
-    text = "nam: x\nbudget: 7\nstages:\n  - strategy: fastv\n    keep: 0\n  - strategy: nonsense\n"
+    text = "nam: x\nbudget: 7\nstages:\n  - strategy: fastv\n    keep: -1\n  - strategy: nonsense\n"
     found = problems(tmp_path, text)
     assert [line.split(":")[1] for line in found] == ["1", "2", "5", "6"]
     with pytest.raises(PipelineError, match=r"bad.yaml:1:1: nam: .* \(the first of 4 problems\)$"):

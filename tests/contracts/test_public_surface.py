@@ -16,11 +16,13 @@ import tokenreduce as tr
 from tokenreduce import plugin
 
 ROOT = Path(__file__).parents[2]
-CONTRACTS = {"adapter", "errors", "hookspecs", "layout", "ops.carry", "reduction", "strategy", "trace", "vision"}
+CONTRACTS = {
+    "adapter", "amounts", "errors", "hookspecs", "layout", "ops.carry", "ops.groups", "reduction", "strategy", "trace", "vision",
+}  # fmt: skip
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IMPORT = re.compile(r"^ *(?:from tokenreduce\S* import .*|import tokenreduce.*)$", re.MULTILINE)
 EXAMPLE = sorted((ROOT / "examples").rglob("*.py"))
-OURS = [*sorted((ROOT / "tokenreduce" / "strategies").glob("*.py")), *sorted((ROOT / "adapters").rglob("*.py"))]
+OURS = [*sorted((ROOT / "tokenreduce" / "strategies").rglob("*.py")), *sorted((ROOT / "adapters").rglob("*.py"))]
 PUBLIC = {
     "tokenreduce": {*tr.__all__, "plugins"},
     "tokenreduce.plugin": set(plugin.__all__),

@@ -13,6 +13,7 @@ from tokenreduce.engine.forward.call import Call
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.model.callers import in_chunked_prefill
 from tokenreduce.errors import PipelineError, UnsupportedError
+from tokenreduce.layout import PLAIN
 from tokenreduce.strategy import Strategy
 
 
@@ -128,6 +129,26 @@ def check_ran(family: str, layers: int, sequences: Iterable[TokenSequence]) -> N
         ran = len(sequence.conductor.account.ffn)
         if ran < layers and not sequence.conductor.unfinished():
             raise UnsupportedError(f"{family}: only {ran} of its {layers} layers ran, which is not supported")
+
+
+def refuse_needs(pipeline: str, strategies: Iterable[Strategy], sequences: Iterable[TokenSequence]) -> None:
+    """Refuse strategies that need facts about the tokens which this call does not give."""
+    for strategy in strategies:
+        for need in strategy.capabilities.needs:
+            for sequence in sequences:
+                facts = sequence.facts
+                if need == "grid" and sequence.original_reducible:
+                    patch = sequence.reducible if facts.marker is None else sequence.reducible & (facts.marker == PLAIN)
+                    if facts.row is None or bool((facts.row[patch] < 0).any()):
+                        raise UnsupportedError(
+                            f"{pipeline}: {strategy.name} needs rows and columns (grid), which the layout of "
+                            f"row {sequence.row} does not have; give TokenLayout(..., row=..., column=...)"
+                        )
+                if need == "ids" and facts.ids is None:
+                    raise UnsupportedError(
+                        f"{pipeline}: {strategy.name} needs token ids, and the model was called with embeddings alone; pass "
+                        "input_ids"
+                    )
 
 
 def check_spent(pipeline: str, budget: Budget | None, sequences: Iterable[TokenSequence]) -> None:

@@ -29,6 +29,7 @@ from tokenreduce.engine.refusals import (
     refuse_call,
     refuse_compiled,
     refuse_mode,
+    refuse_needs,
     refuse_outputs,
     refuse_packed,
 )
@@ -262,7 +263,10 @@ class Run:
             refuse_compiled(self.host.family, text, self.strategies)
         if self._kv_sites and call.past and call.valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
-        sequences = calls.sequences(call, layout, self._reducible(layout), self.strategies, self._account)
+        sequences = calls.sequences(
+            call, layout, self._reducible(layout), self.strategies, self._account, self.host.turn_ends
+        )
+        refuse_needs(self.pipeline.name, self.strategies, sequences)
         cache, use_cache = call.cache, kwargs.get("use_cache")
         use_cache = self.host.config.use_cache if use_cache is None else use_cache
         if not use_cache:

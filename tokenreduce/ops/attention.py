@@ -84,6 +84,46 @@ def column_sums(q: Tensor, k: Tensor, scale: float, queries: int, lse: Tensor | 
     return sums.view(total_heads, m)
 
 
+@torch.no_grad()
+def attention_rows(
+    q: Tensor, k: Tensor, scale: float, places: Tensor, heads: str = "mean", rows: str = "sum"
+) -> Tensor:
+    """Attention that each key receives from the queries at `places` (r,) long among the n, in any order, in one pass.
+
+    rows: `sum` or `max` over the r queries, or `each`; then heads: `mean`, `max` or `each`. The result is (m,), with `each`
+    preceded by its own axis: (H, m), (r, m) or (H, r, m). Beyond its result it holds one block of scores. Has no gradient.
+    """
+    total_heads, n, width = q.shape
+    groups, m, _ = k.shape
+    share = total_heads // groups
+    exact = torch.promote_types(q.dtype, torch.float32)
+    keys = k.to(exact).transpose(1, 2)
+    key_place = torch.arange(m, device=q.device)
+    block = query_block(total_heads, m, max(len(places), 1))
+    parts: list[Tensor] = []
+    total = torch.zeros(total_heads, m, dtype=exact, device=q.device)
+    for some in places.split(block) if len(places) else ():
+        chosen = q[:, some].to(exact) * scale
+        scores = chosen.reshape(groups, share * len(some), width) @ keys
+        scores = scores.view(total_heads, len(some), m)
+        scores.masked_fill_(key_place > (some + m - n)[:, None], -torch.inf)
+        seen = scores.softmax(-1)
+        if rows == "each":
+            parts.append(_over_heads(seen, heads))
+        elif rows == "max":
+            total = torch.maximum(total, seen.amax(1))
+        else:
+            total += seen.sum(1)
+    if rows != "each":
+        return _over_heads(total, heads)
+    return torch.cat(parts, -2) if parts else _over_heads(total[:, None][:, :0], heads)
+
+
+def _over_heads(scores: Tensor, heads: str) -> Tensor:
+    """(…) of scores (H, …)."""
+    return scores if heads == "each" else scores.amax(0) if heads == "max" else scores.mean(0)
+
+
 @functools.cache
 def _kernels() -> ModuleType | None:
     """The Triton kernels, None where Triton is not installed."""

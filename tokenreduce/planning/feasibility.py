@@ -55,7 +55,7 @@ def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
             if site.kind == "kv":
                 holders[site.layer] = strategy.name
     for strategy in strategies:
-        for site in sites_of(strategy, depth) if strategy.capabilities.attention else []:
+        for site in filter(strategy.reads, sites_of(strategy, depth)):
             layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
             if site.kind != "kv" and layer in holders:
                 raise PipelineError(
@@ -85,9 +85,11 @@ def check(strategies: Sequence[Strategy], account: Account) -> None:
 
 def read_later(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
     """Layers whose queries outlive their attention, because a stage reads it before the attention of the next layer."""
-    readers = (strategy for strategy in strategies if strategy.capabilities.attention)
     return frozenset(
-        site.layer - 1 for strategy in readers for site in sites_of(strategy, depth) if site.kind == "pre_attention"
+        site.layer - 1
+        for strategy in strategies
+        for site in sites_of(strategy, depth)
+        if site.kind == "pre_attention" and strategy.reads(site)
     )
 
 

@@ -112,11 +112,11 @@ class Conductor:
         for site, run in looks:
             if site.kind != "kv" and run.strategy.capabilities.chooses_count:
                 try:
-                    share = run.strategy.share_at(site, self.depth)
+                    count = run.strategy.count_at(site, self.depth, self.account.reducible)
                 except (TypeError, ValueError):
-                    continue  # A plugin's `keep` may be something else than a share.
-                if share is not None or run.solved:
-                    yield site, self.account.fixed + max(int((share or 0) * self.account.reducible), 1)
+                    continue  # A plugin's `keep` may be something else than a share or a count.
+                if count is not None or run.solved:
+                    yield site, self.account.fixed + (1 if count is None else count)
 
     def _reading(self, looks: Sequence[Look], tokens: int) -> ImportanceCost | None:
         """What `looks` will spend on importance, if a budget pays for it. tokens: alive now."""
@@ -126,7 +126,7 @@ class Conductor:
         read: list[tuple[int, Queries]] = []
         reducible = tokens - account.fixed
         for site, run in looks:
-            if run.strategy.capabilities.attention:
+            if run.strategy.reads(site):
                 layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
                 view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), _one)
                 view.reading = lambda queries, layer=layer: read.append((layer, queries))  # type: ignore[misc]
@@ -143,6 +143,7 @@ class Conductor:
             if other.done or not other.strategy.capabilities.attention or (other is run and other.once):
                 continue
             sites = [at for at in other.sites if at.order > site.order or (at == site and number > place)]
+            sites = [at for at in sites if other.strategy.reads(at)]
             if other.once:
                 ends = [one.sites[-1].order for one in self.runs[:number] if not one.done and one.fixed]
                 sites = [at for at in sites if at.order > max([site.order, *ends])][:1] or sites[-1:]

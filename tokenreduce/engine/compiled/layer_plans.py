@@ -57,7 +57,7 @@ def chain(sequences: Many[TokenSequence], strategies: Many[Strategy], deepstack:
     reads_at: dict[Site, bool] = {}
     for conductor in conductors:
         for site, run in conductor.visited:
-            reads_at[site] = reads_at.get(site, False) or run.strategy.capabilities.attention
+            reads_at[site] = reads_at.get(site, False) or run.strategy.reads(site)
     accounts = [conductor.account for conductor in conductors]
     depth = accounts[0].shape.layers
     before, visits = [len(sequence) for sequence in sequences], {}

@@ -162,6 +162,7 @@ class CompiledForward(Forward):
         source = layer if phase == 2 else layer - 1
         lent = self.layers[source] if self.layers and query is not None and not self.opaque else None
         before = None if lent is None else lent.not_padding
+        alive = [len(sequence) for sequence in self.sequences]
         try:
             if query is not None and key is not None:
                 self.attention = AttentionRecord(source, query, key, scale, RowSums())
@@ -174,6 +175,10 @@ class CompiledForward(Forward):
                 lent.not_padding = before
         self.looks.notify_observers()
         self._hold_to(site, counts)
+        if out is not None and alive == list(counts):
+            raise PipelineError(
+                f"a stage at {site} mixes states without a token less, which a compiled model has no place for"
+            )
         return (None, None, None) if out is None else (out, self.batch.index, self.batch.valid)
 
     def _hold_to(self, site: Site, counts: Many[int]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.engine.cache.adopt import seen_tokens
-from tokenreduce.engine.forward.sequence import TokenSequence
+from tokenreduce.engine.forward.sequence import Facts, TokenSequence
 from tokenreduce.engine.model.callers import draft_length, in_generation
 from tokenreduce.errors import LayoutError
 from tokenreduce.layout import TokenLayout
@@ -147,8 +147,9 @@ def sequences(
     reducible: Tensor,
     strategies: Many[Strategy],
     account: Callable[[int, int], Account],
+    ends: Many[int] = (),
 ) -> list[TokenSequence]:
-    """One TokenSequence per row. reducible: (B, N) bool. account: of a total and a reducible count.
+    """One TokenSequence per row. reducible: (B, N) bool. account: of a total and a reducible count. ends: see Facts.
 
     Raises BudgetError where the budget cannot be met, LayoutError where the pipeline protects every vision token of a row.
     """
@@ -171,6 +172,20 @@ def sequences(
         slot, frame = layout.slot[row, columns], layout.frame[row, columns]
         conductor = Conductor(strategies if count else [], its)
         made.append(
-            TokenSequence(row, columns, slot, frame, media[row, columns], reducible[row, columns], count, conductor)
-        )
+            TokenSequence(
+                row, columns, slot, frame, media[row, columns], reducible[row, columns], count, conductor,
+                _facts(call, layout, row, columns, ends),
+            )
+        )  # fmt: skip
     return made
+
+
+def _facts(call: Call, layout: TokenLayout, row: int, columns: Tensor, ends: Many[int]) -> Facts:
+    """Of the tokens at `columns` (N,) of `row`."""
+    prompt = call.prompt
+    ids = None if prompt is None or prompt.input_ids.shape != (call.batch, call.width) else prompt.input_ids
+    of = (layout.marker, layout.row, layout.column, ids)
+    marker, at_row, column, its = (
+        None if fact is None else fact[row, columns.to(fact.device)].to(columns.device) for fact in of
+    )
+    return Facts(marker, at_row, column, its, ends)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.model.parallel import over_ranks
 from tokenreduce.engine.model.tap import UNREADABLE, RowSums
 from tokenreduce.errors import UnsupportedError
-from tokenreduce.ops.attention import importance
+from tokenreduce.ops.attention import attention_rows, importance
 from tokenreduce.planning.cost import importance_flops
 from tokenreduce.planning.schedule import StageRun
-from tokenreduce.strategy import Heads, Queries, Site, SiteKind
+from tokenreduce.strategy import Heads, Queries, Rows, Site, SiteKind
 
 
 @dataclass
@@ -45,12 +45,13 @@ class AttentionRecord:
         batch: Batch,
         cache: TokenLayer | None,
         sequence: TokenSequence,
-        queries: Queries,
-        heads: Heads,
+        queries: Queries | Tensor,
+        heads: Heads | Literal["each"],
+        rows: Rows,
         all_heads: int,
         group: Any,
     ) -> Tensor:
-        """(n,) attention that the tokens of `sequence`, a row of `batch`, receive. Accounts for its FLOPs.
+        """(…, n) attention that the tokens of `sequence`, a row of `batch`, receive. Accounts for its FLOPs.
 
         cache: the cache layer of `layer`, if there is one. all_heads: heads of the layer, those of other ranks too (`group`).
         """
@@ -62,19 +63,31 @@ class AttentionRecord:
         elif cache is None:
             k = k[:, batch.columns_of(n, k.shape[1]).start :]
         k = k[:, : k.shape[1] - batch.draft]
-        count = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
-        lse = self.rows.lse(self.query, sequence.row, places)
-        scores = importance(q, k, self.scale, count, heads, lse)[k.shape[1] - n :]
+        if isinstance(queries, Tensor):
+            count = len(queries)
+            chosen = queries if len(sequence) == n else torch.searchsorted(sequence.attended, sequence.alive[queries])
+        else:
+            count = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
+            chosen = torch.arange(n - count, n, device=q.device)
+        if isinstance(queries, Tensor) or heads == "each" or rows != "sum":
+            scores = attention_rows(q, k, self.scale, chosen.to(q.device), heads, rows)
+        else:
+            lse = self.rows.lse(self.query, sequence.row, places)
+            scores = importance(q, k, self.scale, count, heads, lse)
+        scores = scores[..., k.shape[1] - n :]
         if all_heads != q.shape[0]:
+            if heads == "each":
+                raise UnsupportedError("attention of each head is not on one rank under tensor parallelism")
             scores = over_ranks(scores, heads, q.shape[0] / all_heads, group)
-        # Like the attention itself, accounted without the keys of earlier turns.
+        # Like the attention itself, accounted without the keys of earlier turns; chosen rows as if they were the last.
         sequence.conductor.account.selector_flops += importance_flops(all_heads, q.shape[-1], n, n, count)
         if len(sequence) != n:
-            scores = scores.to(sequence.alive.device)[torch.searchsorted(sequence.attended, sequence.alive)]
+            alive = torch.searchsorted(sequence.attended, sequence.alive)
+            scores = scores.to(sequence.alive.device)[..., alive]
         return scores
 
 
 def reading_sites(run: StageRun) -> list[Site]:
     """Sites at which a stage reads attention."""
     kinds: tuple[SiteKind, ...] = ("pre_ffn", "pre_attention")
-    return [site for site in run.sites if run.strategy.capabilities.attention and site.kind in kinds]
+    return [site for site in run.sites if run.strategy.reads(site) and site.kind in kinds]

@@ -33,7 +33,7 @@ class Looks:
         ctx = sequence.context(run, site, hidden, attention)
         decision = as_decision(who, site, decide_with(who, run.strategy.decide, ctx))
         if decision.reduction is not None:
-            sequence.check(run.strategy.name, site, decision.reduction)
+            sequence.check(run.strategy.name, site, decision.reduction, run.strategy.capabilities.across_media)
         return decision
 
     def record(

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from tokenreduce.errors import PluginError
+from tokenreduce.layout import roles
 from tokenreduce.planning.schedule import Conductor, StageRun
-from tokenreduce.plugin_checks import check_reduction, lent
+from tokenreduce.plugin_checks import check_reduction, lent, per_medium
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import Heads, Queries, Site, StageContext
+from tokenreduce.strategy import Site, StageContext
 
-AttentionSource = Callable[["TokenSequence", Queries, Heads], Tensor]
+AttentionSource = Callable[..., Tensor]
+"""Of a TokenSequence and the arguments of `StageContext.attention`."""
+
+
+@dataclass
+class Facts:
+    """What is known of the N tokens of a sequence beside slot, frame and medium; each (N,) long, or None."""
+
+    marker: Tensor | None = None
+    """See TokenLayout."""
+    row: Tensor | None = None
+    """See TokenLayout."""
+    column: Tensor | None = None
+    """See TokenLayout."""
+    ids: Tensor | None = None
+    """Of the tokens, as the outer model was given them."""
+    ends: Sequence[int] = ()
+    """Ids that end a turn of the chat."""
+
+    def role_of(self, slot: Tensor) -> Tensor:
+        """(N,) long, see `roles`."""
+        return roles(slot, self.marker, self.ids, self.ends)
 
 
 class TokenSequence:
@@ -22,7 +45,7 @@ class TokenSequence:
 
     columns: (N,) long, their input columns. slot, frame, medium: (N,) long; reducible: (N,) bool (TokenLayout).
     alive: (n,) long, places among the N, growing. size: (n,) long. place: (N,) long, where each token is among the alive, −1
-    if dropped. attended: `alive` as it was at the last attention.
+    if dropped. attended: `alive` as it was at the last attention. facts: what else is known of the N.
     """
 
     def __init__(
@@ -35,8 +58,9 @@ class TokenSequence:
         reducible: Tensor,
         reducible_count: int,
         conductor: Conductor,
+        facts: Facts | None = None,
     ) -> None:
-        self.row, self.columns = row, columns
+        self.row, self.columns, self.facts = row, columns, facts or Facts()
         self.slot, self.frame, self.medium, self.reducible = slot, frame, medium, reducible
         self.original_reducible = self.reducible_count = reducible_count
         self.conductor = conductor
@@ -78,19 +102,39 @@ class TokenSequence:
             if conductor.account.budget is None
             else partial(conductor.allowance, run, site, self.reducible_count, len(self)),
             refusal_source=partial(conductor.refusal, run, site, len(self)),
+            fact_source=self._fact,
+            per_medium=per_medium(run.strategy, site, conductor.depth),
         )
 
-    def check(self, name: str, site: Site, reduction: Reduction) -> None:
-        """Hold a strategy to its contract: PluginError where it misses tokens, touches text or merges across media."""
+    def _fact(self, name: str) -> Tensor | None:
+        """(n,) long: a fact of the tokens that are alive, a copy; None where it is not known."""
+        fact = self.facts.role_of(self.slot) if name == "role" else getattr(self.facts, name)
+        return None if fact is None else fact[self.alive]
+
+    def check(self, name: str, site: Site, reduction: Reduction, across_media: bool = False) -> None:
+        """Hold a strategy to its contract: PluginError where it misses tokens, touches text or merges across media.
+
+        across_media: whether it may do the last."""
         check_reduction(f"strategy {name} at {site}", reduction, (1, len(self)), self.alive.device)
         target, kept = reduction.target[0], reduction.kept[0]
         reducible, medium = self.reducible[self.alive], self.medium[self.alive]
         if not bool((kept | reducible).all()):
             raise PluginError(f"strategy {name} at {site} removes a token that must stay (text or protected)")
         into = target.clamp(min=0)
-        fair = kept | (target < 0) | (reducible[into] & (medium[into] == medium))
+        fair = kept | (target < 0) | (reducible[into] & ((medium[into] == medium) | across_media))
         if not bool(fair.all()):
-            raise PluginError(f"strategy {name} at {site} merges a token into text or into another medium")
+            raise PluginError(
+                f"strategy {name} at {site} merges a token into text or into another medium; the latter is for strategies that "
+                "declare Capabilities(across_media=True)"
+            )
+        mixture = reduction.mixture
+        if mixture is not None:
+            if site.kind == "kv":
+                raise PluginError(f"strategy {name} at {site} merges by a mixture, which goes with hidden states alone")
+            into, source = mixture.into, mixture.source
+            fair = reducible[into] & reducible[source] & ((medium[into] == medium[source]) | across_media)
+            if not bool(fair.all()):
+                raise PluginError(f"strategy {name} at {site} mixes with text, a protected token or another medium")
 
     def apply(
         self, reduction: Reduction, hidden: Tensor | None, passengers: list[Tensor]

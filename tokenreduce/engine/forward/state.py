@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from tokenreduce.engine.model.tap import Attention, attend_by_position, attend_b
 from tokenreduce.errors import PluginError, UnsupportedError
 from tokenreduce.planning.account import SPAN_BLOCK
 from tokenreduce.planning.schedule import account_attention
-from tokenreduce.strategy import Heads, Queries, Site
+from tokenreduce.strategy import Heads, Queries, Rows, Site
 
 
 class Forward(Activity):
@@ -122,7 +122,9 @@ class Forward(Activity):
                     sequence, run, site, hidden, None if self.attention is None else self.importance
                 )
                 reduction = decision.reduction
-                if reduction is not None and before != (reduction.counts or (int(reduction.kept.sum()),))[0]:
+                if reduction is not None and (
+                    reduction.mixture is not None or before != (reduction.counts or (int(reduction.kept.sum()),))[0]
+                ):
                     left, self.passengers[number], merged = sequence.apply(reduction, hidden, self.passengers[number])
                     assert left is not None
                     hidden, changed = left, True
@@ -253,14 +255,20 @@ class Forward(Activity):
             self._mask_key = query.shape[2], keys, query.device, not_padding
         return self._mask
 
-    def importance(self, sequence: TokenSequence, queries: Queries, heads: Heads) -> Tensor:
-        """(n,) attention that the tokens of `sequence` receive in the last attention that ran."""
+    def importance(
+        self,
+        sequence: TokenSequence,
+        queries: Queries | Tensor,
+        heads: Heads | Literal["each"],
+        rows: Rows = "sum",
+    ) -> Tensor:
+        """(…, n) attention that the tokens of `sequence` receive in the last attention that ran, see StageContext.attention."""
         if self.attention is None:
             raise PluginError("a strategy asked for attention when its look was over; ctx is good for one look")
         record = self.attention
         all_heads = total_heads(record.query.shape[1], self.config, self.group)
         cache = self.cache(record.layer)
-        scores = record.importance(self.batch, cache, sequence, queries, heads, all_heads, self.group)
+        scores = record.importance(self.batch, cache, sequence, queries, heads, rows, all_heads, self.group)
         return scores.to(sequence.alive.device)
 
 

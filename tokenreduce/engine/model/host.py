@@ -65,7 +65,7 @@ class Host:
     decoder: weak reference to the decoder. family: for messages. config, layers: of the decoder. shape: for costs; `unlike` says
     why its FLOPs are not to be believed. cached: elements of each layer's cache per token, None where not measured. modules: id
     of each attention module, and its layer. attention: the module of each layer. group: see `head_group`. implementation: of the
-    attention, below the tap. has_head: whether logits are made.
+    attention, below the tap. has_head: whether logits are made. turn_ends: ids that end a turn of the chat.
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
@@ -96,6 +96,7 @@ class Host:
         head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         self._head = weakref.ref(head) if isinstance(head, nn.Module) else None
         self.has_head = self._head is not None
+        self.turn_ends = tuple(adapter.turn_ends(model))
         self._handles: list[Any] = []
 
     @property

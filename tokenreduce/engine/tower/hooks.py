@@ -300,6 +300,8 @@ class TowerHooks(NoTower):
         """Hold a strategy to its contract: PluginError where it drops, misses or moves what it may not."""
         name = f"strategy {strategy.name} at {site}"
         check_reduction(name, reduction, shape, movable.device)
+        if reduction.mixture is not None:
+            raise PluginError(f"{name} merges by a mixture, which only stages in the decoder can")
         if bool((reduction.target < 0).any()):
             raise PluginError(f"{name} drops tokens, but the projector needs them all; merge them")
         if not bool((reduction.kept | (movable & movable[reduction.target])).all()):

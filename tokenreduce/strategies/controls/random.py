@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import Capabilities, Layer, Share, StageConfig, StageContext, Strategy
+from tokenreduce.strategy import Capabilities, Keep, Layer, StageConfig, StageContext, Strategy
 
 
 class RandomPrune(Strategy):
@@ -22,8 +22,9 @@ class RandomPrune(Strategy):
         strategy: Literal["random"] = "random"
         at: Layer | list[Layer] = Field(0, description="Layer or layers at which the stage acts.")
         seed: int = Field(0, ge=0, description="Seed of the choice.")
-        keep: Share | list[Share] | None = Field(
-            None, description="Share of the original vision tokens that remains; left out: solved from the budget."
+        keep: Keep | list[Keep] | None = Field(
+            None,
+            description="Share of the original vision tokens that remains, or their number; left out: solved from the budget.",
         )
 
     config: Config

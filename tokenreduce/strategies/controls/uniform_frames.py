@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import Capabilities, CountView, Layer, Outcome, Share, StageConfig, StageContext, Strategy
+from tokenreduce.strategy import Capabilities, CountView, Keep, Layer, Outcome, StageConfig, StageContext, Strategy
 
 
 class UniformFrames(Strategy):
@@ -26,8 +26,8 @@ class UniformFrames(Strategy):
 
         strategy: Literal["uniform_frames"] = "uniform_frames"
         at: Layer = Field(0, description="Layer before which the frames go.")
-        keep: Share | None = Field(
-            None, description="Share of the vision tokens that may remain; left out: from the budget."
+        keep: Keep | None = Field(
+            None, description="Share or number of vision tokens that may remain; left out: from the budget."
         )
 
     config: Config

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tokenreduce.reduction import Weighting
-from tokenreduce.strategy import Share, StageConfig
+from tokenreduce.strategy import Keep, StageConfig
 
 
 class SimilarityConfig(StageConfig):
@@ -33,7 +33,7 @@ class SimilarityConfig(StageConfig):
     max_run: int | None = Field(
         None, ge=2, description="With a threshold: runs begin anew at frames whose number is a multiple of this."
     )
-    keep: Share | list[Share] | None = Field(
+    keep: Keep | list[Keep] | None = Field(
         None, description="Without a threshold: share of the original vision tokens that remains."
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from tokenreduce.amounts import layer_of
 from tokenreduce.ops.carry import Carry
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot, within_span
 from tokenreduce.ops.topk import top_mask
@@ -45,7 +46,7 @@ class SimilarityMerge(Strategy):
         config = self.config
         if config.at is not None or config.site is not None or config.threshold is None:
             if config.at is None and config.site is None:
-                return [Site(config.from_ or 0, "pre_attention")]
+                return [Site(layer_of(config.from_ or 0, depth), "pre_attention")]
             return super().schedule(depth)
         layers = [site.layer for site in super().schedule(depth)]
         return [Site(layers[0], "pre_attention"), *(Site(layer, "pre_ffn") for layer in layers)]

@@ -14,9 +14,9 @@ from tokenreduce.strategy import (
     Capabilities,
     CountView,
     Heads,
+    Keep,
     Outcome,
     Queries,
-    Share,
     StageConfig,
     StageContext,
     Strategy,
@@ -34,8 +34,9 @@ class ImportanceConfig(StageConfig):
     )
     window: int = Field(32, ge=1, description="Queries that count where importance is `window` (32 as in SnapKV).")
     heads: Heads = Field("mean", description="Mean or maximum over attention heads.")
-    keep: Share | list[Share] | None = Field(
-        None, description="Share of the original vision tokens that remains; left out: solved from the budget."
+    keep: Keep | list[Keep] | None = Field(
+        None,
+        description="Share of the original vision tokens that remains, or their number; left out: solved from the budget.",
     )
 
     @property
