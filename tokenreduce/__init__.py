@@ -12,9 +12,12 @@ All other modules may change without notice.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # Who wants to hear the library adds a handler.
 
 if TYPE_CHECKING:
     from tokenreduce.budget import Budget

@@ -241,9 +241,27 @@ def _open(source: str | Path | Mapping[str, Any]) -> Source:
         return _mapping(read_yaml(presets[source]))
     is_path = isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source or _exists(source)
     if not is_path:
+        if source in plugins.strategies():
+            raise PipelineError(_a_strategy(source))
         why = plugins.why_left_out(str(source))
         raise PipelineError(f"no preset and no file is called {short(source)}{why or nearest(str(source), presets)}")
     return _mapping(read_yaml(Path(source)))
+
+
+def _a_strategy(name: str) -> str:
+    """What to say where the name of a strategy stands for a pipeline."""
+    using = []
+    for preset, path in plugins.presets().items():
+        try:
+            stages = load_pipeline(path).stages
+        except PipelineError:  # A plugin's; whoever names it is told.
+            continue
+        using += [preset] if any(stage.strategy == name for stage in stages) else []
+    presets = f"presets with it: {', '.join(using)}; or " if using else ""
+    return (
+        f"'{name}' is a strategy; a pipeline is a list of them. Use {presets}a YAML file with the lines "
+        f"`name: mine`, `budget: 0.3`, `stages: [{{strategy: {name}}}]`"
+    )
 
 
 def _exists(path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -115,9 +116,10 @@ def test_schema_to_an_impossible_file(capsys: Captured, tmp_path: Path) -> None:
 def test_strategies_table_and_json(capsys: Captured) -> None:
     assert main(["strategies"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["name", "origin", "sites", "capabilities"]
+    assert lines[0].split() == ["name", "description", "sites", "capabilities", "origin"]
     fastv = next(line for line in lines if line.startswith("fastv "))
-    assert fastv.split() == ["fastv", "tokenreduce", "pre_attention", "attention,", "chooses_count"]
+    assert fastv.split()[-4:] == ["pre_attention", "attention,", "chooses_count", "tokenreduce"]
+    assert "keep the vision tokens of highest attention" in fastv
     assert main(["strategies", "--json"]) == 0
     found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in found] == list(plugins.strategies())
@@ -130,7 +132,7 @@ def test_strategies_table_and_json(capsys: Captured) -> None:
 def test_models_table_and_json(capsys: Captured) -> None:
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["family", "origin", "checkpoints", "notes"]
+    assert lines[0].split() == ["family", "notes", "checkpoints", "origin"]
     assert main(["models", "--json"]) == 0
     found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     families = [entry["family"] for entry in found]
@@ -138,14 +140,53 @@ def test_models_table_and_json(capsys: Captured) -> None:
     assert [line.split()[0] for line in lines[1:]] == families
 
 
-def test_tables_on_a_terminal_hold_the_same_cells(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "160")
-    assert main(["strategies"]) == 0
-    text = capsys.readouterr().out
-    for name, cls in plugins.strategies().items():
-        assert name in text
-        assert cls.capabilities.sites[0] in text
+def test_presets_are_listed_with_their_paper_and_shown_to_start_from(capsys: Captured, tmp_path: Path) -> None:
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "description", "paper", "stages", "origin"]
+    assert [line.split()[0] for line in lines[1:]] == list(plugins.presets())
+    fastv = next(line for line in lines if line.startswith("fastv "))
+    assert "Chen et al., An Image is Worth 1/2 Tokens After Layer 2 (2024)" in fastv
+    assert main(["presets", "--json"]) == 0
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert found["framefusion"]["stages"] == ["similarity_merge", "importance_prune"]
+    for name in plugins.presets():
+        assert main(["presets", "show", name]) == 0
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(capsys.readouterr().out)
+        assert pipeline.load_pipeline(mine) == pipeline.load_pipeline(name)
+    assert "did you mean 'fastv'" in fails(capsys, "presets", "show", "fastvv")
+    assert "expected nothing, or `show NAME`" in fails(capsys, "presets", "fastv")
+
+
+def test_a_strategy_given_as_a_pipeline_is_explained(capsys: Captured, tmp_path: Path) -> None:
+    line = fails(capsys, "plan", "importance_prune")
+    assert "'importance_prune' is a strategy; a pipeline is a list of them" in line
+    assert "prune_only" in line
+    one = re.findall(r"`([^`]*)`", line)
+    (tmp_path / "mine.yaml").write_text("\n".join(one))
+    assert main(["plan", str(tmp_path / "mine.yaml")]) == 0
+
+
+def test_quiet_and_verbose(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def talk(_: object) -> list[str]:
+        warnings.warn("to be heard", UserWarning, stacklevel=1)
+        logging.getLogger("tokenreduce.talk").info("a detail of %s", "something")
+        logging.getLogger("tokenreduce.talk").warning("odd")
+        return []
+
+    monkeypatch.setattr(pipeline, "pipeline_problems", talk)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for flags, heard in (
+            ([], "warning: to be heard\nwarning: odd\n"),
+            (["--quiet"], ""),
+            (["--verbose"], "warning: to be heard\ninfo: a detail of something\nwarning: odd\n"),
+        ):
+            assert main(["validate", "x", *flags]) == 0
+            assert capsys.readouterr() == ("x: ok\n", heard)
+    logging.getLogger("tokenreduce.talk").warning("a library without handlers is not heard here")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

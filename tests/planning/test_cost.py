@@ -10,10 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlavaConfig, Qwen2Config
 
+from tokenreduce import plugins
 from tokenreduce.errors import BudgetError, UnsupportedError
 from tokenreduce.planning import cost
 from tokenreduce.planning.architectures import DTYPE_BYTES, Architecture, architecture, architectures
 from tokenreduce.planning.cost import DecoderShape, prefill_flops
+from tokenreduce.planning.plan import plan
 
 TINY = {
     "hidden_size": 64,
@@ -213,12 +215,30 @@ def test_known_architectures_are_complete(name: str) -> None:
     assert known.dtype_bytes == DTYPE_BYTES[known.dtype]
     assert known.tokens(8) == known.text_tokens + known.steps(8) * known.tokens_per_frame
     assert known.checkpoint
-    # Weights of the decoder and both embeddings, in billions, against the size in the name (8B in all for MiniCPM-V).
+    # Weights of the decoder and both embeddings, in billions, against the size in the name (8B in all for MiniCPM-V, 2.2B with
+    # the tower for SmolVLM2).
     shape = known.shape
     per_layer = cost.layer_flops(shape, 1, 1, pairs=0) // 2
-    billions = (shape.layers * per_layer + 2 * shape.vocab * shape.hidden) / 1e9
-    named = 8 if name.startswith("minicpm") else int(name.rsplit("-", 1)[1][:-1])
+    tower = known.vision_parameters if name.startswith("smolvlm") else 0
+    billions = (shape.layers * per_layer + 2 * shape.vocab * shape.hidden + tower) / 1e9
+    named = 8 if name.startswith("minicpm") else float(name.rsplit("-", 1)[1][:-1])
     assert 0.9 * named < billions < 1.2 * named
+
+
+@pytest.mark.parametrize("name", sorted(plugins.offered_adapters()))
+def test_every_family_with_a_video_of_its_own_can_be_planned(name: str) -> None:
+    if name in ("decoder", "hybrid"):  # The one needs the user's layout, the other is refused.
+        with pytest.raises(UnsupportedError, match=f"unknown model '{name}'"):
+            architecture(name)
+        return
+    offered = plugins.offered_adapters()[name].item
+    known = architecture(name)
+    assert known.note == f"family {name}, planned as {known.checkpoint}"
+    assert architecture(known.checkpoint).shape == known.shape
+    assert any(
+        size in known.checkpoint for checkpoint in offered.checkpoints for size in ("7b", "7B", "8B", "V-2_6", "2.2B")
+    )
+    assert plan("framefusion", name).relative_tokens <= 0.3
 
 
 def test_numbers_of_the_paper_and_of_upstream() -> None:

@@ -2,22 +2,25 @@
 
 Each module without an underscore is a command, and holds the function NAME_command; `_output`, `_media` and their
 like are shared by commands. A command imports what it needs inside its function, so that `--help` is quick. Every
-TokenReduceError ends a command with one line on stderr and exit code 2. Nothing else in the library imports this
-package.
+TokenReduceError ends a command with one line on stderr and exit code 2; docs/commands.md lists the exit codes. Nothing
+else in the library imports this package.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pkgutil
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.main
 
 from tokenreduce import __version__
+from tokenreduce.cli._voice import Said, log_level, voice
 from tokenreduce.errors import TokenReduceError
 
 FIRST = ("run", "compare", "plan", "validate")
@@ -29,17 +32,25 @@ HELP = """Reduce the vision tokens of video language models, and see what it cos
 Examples:
   tokenreduce run clip.mp4 --question "What happens?" --pipeline framefusion --budget 0.3
   tokenreduce plan framefusion --model llava-video-7b --frames 64
-  tokenreduce strategies
+  tokenreduce presets
   tokenreduce validate my_pipeline.yaml
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for an error the user can mend, 130 for an interrupt."""
+    """Run one command. Returns the exit code: 0, 2 for an error the user can mend, 130 for an interrupt.
+
+    1 where the reader of our output has gone, and, by Python, where an error is a bug of ours.
+    """
+    voice.quiet = False
+    log, handler = logging.getLogger("tokenreduce"), Said()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(log_level(quiet=False, verbose=False))
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            code = application()(args=arguments, prog_name="tokenreduce", standalone_mode=False)
+            code = _commands()(args=arguments, prog_name="tokenreduce", standalone_mode=False)
             sys.stdout.flush()
             return _finish(code if isinstance(code, int) else 0)
         except typer.TyperException as error:
@@ -52,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
             # Whoever read our output has gone; Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
 
 
 def application() -> typer.Typer:
@@ -69,6 +83,43 @@ def application() -> typer.Typer:
         module = importlib.import_module(f"{__name__}.{name}")
         app.command(name)(getattr(module, f"{name}_command"))
     return app
+
+
+def _commands() -> Any:
+    """The application as it runs: each command takes --quiet and --verbose."""
+    flags = typer.Typer(add_completion=False)
+    flags.command()(_flags)
+    shared = typer.main.get_command(flags).params
+    group: Any = typer.main.get_command(application())
+    for command in group.commands.values():
+        command.params += shared
+    return group
+
+
+def _quiet(wanted: bool) -> None:
+    if wanted:
+        voice.quiet = True
+        logging.getLogger("tokenreduce").setLevel(log_level(quiet=True, verbose=False))
+
+
+def _verbose(wanted: bool) -> None:
+    if wanted:
+        logging.getLogger("tokenreduce").setLevel(log_level(quiet=False, verbose=True))
+
+
+def _flags(
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", callback=_quiet, expose_value=False, help="Results and errors alone: no warnings, no progress."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", callback=_verbose, expose_value=False, help="Also what the library logs."),
+    ] = False,
+) -> None:
+    """The options of every command."""
 
 
 def _top(
@@ -89,9 +140,10 @@ def _finish(code: int) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    voice.say(f"error: {' '.join(message.split())}")
     return 2
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if not voice.quiet:
+        voice.say(f"warning: {' '.join(str(message).split())}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tokenreduce.cli._output import print_json, print_table
+from tokenreduce.cli._output import print_json, print_prose, print_table
 from tokenreduce.errors import TokenReduceError
 from tokenreduce.planning.architectures import Architecture
 from tokenreduce.planning.longest import Workload, longest_video
@@ -27,17 +27,19 @@ def show(arch: Architecture, loads: Mapping[str, Workload], memory: int, similar
     if json:
         print_json({"model": arch.name, "dtype": arch.dtype, "memory": memory, "note": arch.note, "plans": found})
         return
-    print(f"{arch.name} in {arch.dtype}: the longest video whose prefill fits in {_gib(memory)} GiB, and what it takes")
+    print_prose(
+        f"{arch.name} in {arch.dtype}: the longest video whose prefill fits in {_gib(memory)} GiB, and what it takes"
+    )
     if arch.note:
-        print(arch.note)
+        print_prose(arch.note)
     print()
     columns = ["", "frames", "tokens", "weights", "inputs", "KV", "activations", "total GiB", "worst at", "limited by"]
     print_table(columns, [_row(arch, name, row) for name, row in found.items()])
-    print(
-        "\ninputs: embeddings, vision features, rotary tables. KV: cached by the worst moment. Not counted: libraries, what an\n"
+    print_prose(
+        "\ninputs: embeddings, vision features, rotary tables. KV: cached by the worst moment. Not counted: libraries, what an "
         "allocator keeps back, pixels, and the vision tower's own activations, which have gone before the decoder begins"
     )
-    print(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
+    print_prose(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
 
 
 def _row(arch: Architecture, name: str, row: Mapping[str, Any]) -> list[str]:

@@ -97,6 +97,7 @@ def compare_command(
       tokenreduce compare --kind second_turn --arm framefusion --budget 0.3 --budget 0.5 --output runs/turns
       tokenreduce compare --task my_videos --model PATH --arm my.yaml --examples 50 --output runs/mine
     """
+    from tokenreduce.cli._output import print_prose
     from tokenreduce.compare.report import MARKDOWN, PAGE, SUMMARY
 
     if report_only:
@@ -124,7 +125,7 @@ def compare_command(
         )
         summary = _run(settings, output, pictures, ray, gpus_per_worker)
     _print(summary)
-    print(f"wrote {output / PAGE}, {output / MARKDOWN}, {output / SUMMARY}")
+    print_prose(f"wrote {output / PAGE}, {output / MARKDOWN}, {output / SUMMARY}")
 
 
 def _settings(
@@ -162,21 +163,17 @@ def _settings(
 
 
 def _run(settings: Settings, output: Path, pictures: int, ray: str | None, gpus_per_worker: int) -> dict[str, Any]:
-    from rich.console import Console
-
+    from tokenreduce.cli._progress import progress
+    from tokenreduce.cli._voice import voice
     from tokenreduce.compare.answer import forewarning
     from tokenreduce.compare.run import compare
 
-    console = Console(stderr=True)
-    with console.status("loading the model") as status:
-        warned = False
+    with progress("compare") as state:
 
         def tell(done: int, asked: int) -> None:
-            nonlocal warned
-            if not warned:  # When nothing was refused, and before the first example.
-                console.print(forewarning(settings.examples, len(settings.arms) - 1))
-            warned = True
-            status.update(f"{done} of {asked} examples")
+            if not (state.total or voice.quiet):  # When nothing was refused, and before the first example.
+                voice.say(forewarning(settings.examples, len(settings.arms) - 1))
+            state.reach(done, asked, "examples")
 
         return compare(
             settings,
@@ -189,15 +186,15 @@ def _run(settings: Settings, output: Path, pictures: int, ray: str | None, gpus_
 
 
 def _print(summary: dict[str, Any]) -> None:
-    from tokenreduce.cli._output import print_table
+    from tokenreduce.cli._output import print_prose, print_table
     from tokenreduce.compare.answer import answer
     from tokenreduce.compare.report import facts, tables
 
     for sentence in answer(summary):
-        print(sentence)
+        print_prose(sentence)
     print()
     for fact in facts(summary)[:4]:
-        print(fact)
+        print_prose(fact)
     main, costs, _, checks = tables(summary)
     for table in (main, costs, checks):
         print(f"\n{table.title}")

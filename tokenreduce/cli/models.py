@@ -33,7 +33,7 @@ def models_command(
     if as_json:
         print_json(found)
         return
-    columns = ("family", "origin", "checkpoints", "notes")
+    columns = ("family", "notes", "checkpoints", "origin")
     print_table(columns, [[_cell(entry[column]) for column in columns] for entry in found])
 
 

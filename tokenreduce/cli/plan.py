@@ -17,7 +17,9 @@ BLOCKS = "▏▎▍▌▋▊▉█"
 
 def plan_command(
     pipeline: Annotated[list[str], typer.Argument(help="Presets or YAML files.")],
-    model: Annotated[str, typer.Option(help="A known architecture, or the path of a config.json.")] = "llava-video-7b",
+    model: Annotated[
+        str, typer.Option(help="A known model, a family of `models`, or the path of a config.json.")
+    ] = "llava-video-7b",
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the model's.")] = None,
     budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
     similar: Annotated[
@@ -40,7 +42,7 @@ def plan_command(
       tokenreduce plan fastv streaming_llm --model path/to/config.json --budget 0.2 --output plan.png
       tokenreduce plan framefusion fastv --model llava-video-7b --memory 24GiB
     """
-    from tokenreduce.cli._output import print_json
+    from tokenreduce.cli._output import print_json, print_prose
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import load_pipeline
     from tokenreduce.planning.architectures import architecture
@@ -61,7 +63,7 @@ def plan_command(
     if json:
         print_json({name: one.to_dict() for name, one in plans.items()})
     else:
-        print(
+        print_prose(
             f"{arch.name}: {arch.shape.layers} layers, {arch.frames if frames is None else frames} frames, "
             f"{arch.tokens(frames)} tokens ({arch.text_tokens} of text){'; ' + arch.note if arch.note else ''}"
         )
@@ -87,9 +89,9 @@ def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar
 
 
 def _print(plan: Plan, similar: float) -> None:
-    from tokenreduce.cli._output import print_table
+    from tokenreduce.cli._output import print_prose, print_table
 
-    print(f"\n{plan.name}, budget {plan.budget or 'none'}")
+    print_prose(f"\n{plan.name}, budget {plan.budget or 'none'}")
     rows = [
         [
             which,
@@ -101,10 +103,10 @@ def _print(plan: Plan, similar: float) -> None:
         for which, layer in plan.alike()
     ]
     print_table(["layers", "tokens", "share of the input", "GFLOP/layer", "KV MiB/layer"], rows)
-    print(plan.summary)
-    print(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
+    print_prose(plan.summary)
+    print_prose(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
     for line in plan.tower:
-        print(f"vision tower (not in the table): {line}")
+        print_prose(f"vision tower (not in the table): {line}")
 
 
 def _bar(share: float, width: int = 24) -> str:
@@ -113,6 +115,7 @@ def _bar(share: float, width: int = 24) -> str:
 
 
 def _draw(plans: dict[str, Plan], arch: Architecture, output: Path) -> None:
+    from tokenreduce.cli._output import print_prose
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.media.pictures import plan_plot
     from tokenreduce.planning.cost import layer_flops
@@ -127,4 +130,4 @@ def _draw(plans: dict[str, Plan], arch: Architecture, output: Path) -> None:
         plan_plot(tokens, flops, output)
     except (OSError, ValueError) as error:
         raise TokenReduceError(f"{output} cannot be written: {error}") from None
-    print(f"wrote {output}")
+    print_prose(f"wrote {output}")

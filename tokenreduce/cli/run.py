@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loading_of
+from tokenreduce.cli._output import print_prose, print_table
+from tokenreduce.cli._progress import progress
 
 if TYPE_CHECKING:
     from tokenreduce.compare.side_by_side import MeasuredArm
@@ -66,9 +68,12 @@ def run_command(
 
     from tokenreduce.compare.side_by_side import measure
 
-    loaded, note = asking.load(where)
-    with _progress() as tell:
-        tell("decoding and preparing")
+    with progress("run") as state:
+        state.total = len(pipelines) + 1  # Arms; each takes a warm-up, its timed prefills, and an answer.
+        state.total = 3 + state.total * (repeats + 2)
+        state.step("loading the model")
+        loaded, note = asking.load(where)
+        state.step("preparing the video")
         inputs = asking.prepare(loaded)
         arms = measure(
             loaded,
@@ -77,26 +82,24 @@ def run_command(
             repeats=repeats,
             new_tokens=new_tokens,
             decode=asking.decoder(loaded),
-            progress=tell,
+            progress=state.step,
         )
-        tell("drawing")
+        state.step("drawing")
         from tokenreduce.cli._report import write_folder
 
         folder.mkdir(parents=True, exist_ok=True)
         written = write_folder(folder, loaded, inputs, arms, asking)
     from tokenreduce.models.placement import placement_line
 
-    print(f"model: {model} on {placement_line(loaded)}")
+    print_prose(f"model: {model} on {placement_line(loaded)}", indent="  ")
     _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
     for line in (*note, *written):
-        print(line)
+        print_prose(line, indent="  ")
 
 
 def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: int) -> None:
-    from tokenreduce.cli._output import print_table
-
     dense = arms[0]
-    print(f"question: {question}" + (f" (expected: {expected})" if expected else ""))
+    print_prose(f"question: {question}" + (f" (expected: {expected})" if expected else ""), indent="  ")
     print(f"input: {width} tokens")
     rows = []
     dense_tokens = sum(dense.counts.tokens)
@@ -119,7 +122,8 @@ def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: 
     for arm in arms:
         for stage in arm.trace.stages if arm.trace is not None else []:
             if stage.site.startswith("vision."):
-                print(f"{arm.name}: {stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}")
+                what = f"{stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}"
+                print_prose(f"{arm.name}: {what}", indent="  ")
 
 
 def _check_folder(folder: Path, force: bool) -> None:
@@ -132,18 +136,3 @@ def _check_folder(folder: Path, force: bool) -> None:
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise TokenReduceError(f"{folder} cannot be written: {parent} is not a folder one can write to")
-
-
-def _progress() -> Any:
-    """A spinner on a terminal, nothing anywhere else."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-
-    @contextmanager
-    def spinner() -> Any:
-        console = Console(stderr=True)
-        with console.status("starting") as status:
-            yield lambda line: status.update(str(line))
-
-    return spinner()

@@ -37,7 +37,7 @@ def strategies_command(
     if as_json:
         print_json(found)
         return
-    columns = ("name", "origin", "sites", "capabilities")
+    columns = ("name", "description", "sites", "capabilities", "origin")
     print_table(columns, [[_cell(entry[column]) for column in columns] for entry in found])
 
 

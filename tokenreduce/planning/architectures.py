@@ -41,6 +41,8 @@ class Architecture:
     """Similarity threshold of the FrameFusion paper, None where the paper gives none."""
     checkpoint: str = ""
     """Its name on the Hugging Face hub."""
+    families: list[str] = field(default_factory=list)
+    """Names of adapters whose models it stands for."""
     model_types: list[str] = field(default_factory=list)
     """`model_type` of configs that are planned with this model's input."""
     note: str = ""
@@ -137,6 +139,11 @@ def _named(name: str) -> Architecture:
     known = _known()
     if name.lower() in known:
         return known[name.lower()]
+    alike = next((arch for arch in known.values() if name in (*arch.families, arch.checkpoint)), None)
+    if alike is not None and not Path(name).exists():
+        return (
+            alike if name == alike.checkpoint else replace(alike, note=f"family {name}, planned as {alike.checkpoint}")
+        )
     if not (name.endswith(".json") or Path(name).exists()):
         raise UnsupportedError(
             f"unknown model '{name}'{nearest(name.lower(), known)}, or give the path of a config.json"
@@ -165,6 +172,7 @@ def _from_config(name: str, config: dict[str, Any], shape: DecoderShape) -> Arch
         dtype=dtype if dtype in DTYPE_BYTES else base.dtype,
         threshold=base.threshold if like else None,
         checkpoint="",
+        families=[],
         model_types=[family] if family else [],
         note=note,
         positions=text.get("max_position_embeddings"),
