@@ -170,8 +170,8 @@ def video_info(path: str | Path, *, allow_truncated: bool = False) -> VideoInfo:
     """
     file = local_path(path)
     if is_webp(file):
+        _refuse_truncated(file, False, 0, 0, 0.0, 0.0)
         starts, duration, (width, height) = webp_frames(file)
-        _refuse_truncated(file, False, 0, 0, 0.0, duration)
         return VideoInfo(np.array(starts), duration, len(starts) / duration, width, height)
     with Reader(file, lenient=allow_truncated) as reader:
         seen = _Seen(reader)
@@ -214,7 +214,7 @@ class _Seen:
         exact = bool(INDEXED & reader.formats)
         shift, before, step, last = 0, None, 0, None
         for packet in reader.packets():
-            if packet.is_corrupt:
+            if packet.is_corrupt and exact:  # Its end is missing; transport streams say so of any that follows a gap.
                 continue
             self.whole += 1
             pts, dts = packet.pts, packet.dts
