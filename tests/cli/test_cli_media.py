@@ -24,18 +24,20 @@ def run(video: str | Path, output: Path, *options: str) -> dict[str, object]:
 
 def test_a_screen_recording_is_seen_as_long_as_it_is(tmp_path: Path) -> None:
     path = write_timed(tmp_path / "screen.webm", "libvpx", RECORDING)
-    summary = run(path, tmp_path / "out")
+    summary = run(path, tmp_path / "out", "--max-frames", "64")
     assert summary["duration"] == 58.033
     assert summary["frame_times"] == [0.0, 1.0, *range(2, 60, 2)]
 
 
 def test_a_truncated_file_goes_on_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_timed(tmp_path / "cut.mkv", "libx264", [40 * i for i in range(100)])
-    path.write_bytes(path.read_bytes()[:-3000])
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    lost = f"{len(data) - len(data) * 2 // 3:,} of {len(data):,} bytes"
     assert main(["run", str(path), *QUICK, "--output", str(tmp_path / "no")]) == 2
-    assert "truncated, 3,000 of" in capsys.readouterr().err
+    assert f"truncated, {lost}" in capsys.readouterr().err
     summary = run(path, tmp_path / "out", "--allow-truncated")
-    assert "3,000 of" in str(summary["missing"])
+    assert lost in str(summary["missing"])
     assert "warning: " in capsys.readouterr().err
 
 

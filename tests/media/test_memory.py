@@ -22,7 +22,7 @@ def peak():  # KiB; of this process alone, where a child begins with its parent'
 before = peak()
 info = video_info(sys.argv[1])
 probed = peak()
-clip = read_video(sys.argv[1], max_frames=8)
+clip = read_video(sys.argv[1], fps=25, max_frames=8)
 print(info.frames, len(clip.frames), probed - before, peak() - probed)
 """
 

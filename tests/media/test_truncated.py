@@ -56,6 +56,16 @@ def test_mp4_says_how_many_frames(tmp_path: Path) -> None:
         video_info(path, allow_truncated=True)
 
 
+def test_a_file_of_which_only_the_header_is_there(tmp_path: Path) -> None:
+    path = write_timed(tmp_path / "a.avi", "mpeg4", TIMES)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"movi") + 4])
+    with pytest.raises(MediaError, match=r"truncated, [\d,]+ of"):
+        video_info(path)
+    with pytest.warns(UserWarning, match="truncated"), pytest.raises(MediaError, match="the video has no frames"):
+        video_info(path, allow_truncated=True)
+
+
 def test_a_size_that_nobody_promised(tmp_path: Path) -> None:
     path = write_timed(tmp_path / "a.ts", "libx264", TIMES)
     path.write_bytes(path.read_bytes()[:-5000])

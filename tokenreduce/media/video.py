@@ -176,6 +176,7 @@ def video_info(path: str | Path, *, allow_truncated: bool = False) -> VideoInfo:
     with Reader(file, lenient=allow_truncated) as reader:
         seen = _Seen(reader)
         if not seen.shown:
+            _refuse_truncated(file, allow_truncated, 0, 0, 0.0, 0.0)
             raise MediaError(f"{path}: the video has no frames")
         times, rate = seen.times(), float(reader.stream.average_rate or reader.stream.guessed_rate or 0)
         if times is None:
