@@ -29,6 +29,7 @@ def test_a_screen_recording_is_seen_as_long_as_it_is(tmp_path: Path) -> None:
     assert summary["frame_times"] == [0.0, 1.0, *range(2, 60, 2)]
 
 
+@pytest.mark.filterwarnings("default:.*truncated")
 def test_a_truncated_file_goes_on_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_timed(tmp_path / "cut.mkv", "libx264", [40 * i for i in range(100)])
     data = path.read_bytes()
