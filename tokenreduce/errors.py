@@ -7,7 +7,8 @@ Each message is one line that says what is wrong and what to do about it, becaus
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -64,6 +65,17 @@ def call_plugin(who: str, call: Callable[[], T]) -> T:
         if isinstance(error, TokenReduceError) and "\n" not in str(error):
             raise
         raise PluginError(f"{who} failed: {line}") from error
+
+
+@contextmanager
+def foreign(kind: type[TokenReduceError], what: str) -> Iterator[None]:
+    """Around another library's code at work on somebody else's file: what it raises becomes `kind`, `what` and the reason."""
+    try:
+        yield
+    except (TokenReduceError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # Panics of tokenizers' Rust are no Exception.
+        raise kind(f"{what} ({one_line(error, 200)})") from error
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from tokenreduce import plugins
 from tokenreduce.budget import Budget
+from tokenreduce.config.json_source import exists
 from tokenreduce.config.problems import KnownFields, describe, problem
 from tokenreduce.config.yaml_source import MAX_DEPTH, MAX_NODES, Loc, Source, is_text, read_yaml, short, write_yaml
 from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, call_plugin, nearest, one_line
@@ -239,7 +240,7 @@ def _open(source: str | Path | Mapping[str, Any]) -> Source:
     presets = plugins.presets()
     if isinstance(source, str) and source in presets:
         return _mapping(read_yaml(presets[source]))
-    is_path = isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source or _exists(source)
+    is_path = isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source or exists(source)
     if not is_path:
         if source in plugins.strategies():
             raise PipelineError(_a_strategy(source))
@@ -262,13 +263,6 @@ def _a_strategy(name: str) -> str:
         f"'{name}' is a strategy; a pipeline is a list of them. Use {presets}a YAML file with the lines "
         f"`name: mine`, `budget: 0.3`, `stages: [{{strategy: {name}}}]`"
     )
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _mapping(source: Source) -> Source:

@@ -193,7 +193,7 @@ def test_a_dict_is_completed_by_the_defaults_of_its_family() -> None:
         ({**TINY, "hidden_act": "silu", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         (CONFIG_MAPPING["qwen2_moe"](), "shared_expert_intermediate_size"),
         (3, "int"),
-        ("no/such/config.json", "no/such/config.json: No such file"),
+        ("no/such/config.json", "no/such/config.json: cannot be read (No such file"),
     ],
 )
 def test_configs_without_a_known_cost_are_refused_in_one_line(config: Any, message: str) -> None:
@@ -204,7 +204,7 @@ def test_configs_without_a_known_cost_are_refused_in_one_line(config: Any, messa
 
 def test_a_config_that_is_no_json_is_refused(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{broken")
-    with pytest.raises(UnsupportedError, match=r"config\.json: not JSON"):
+    with pytest.raises(UnsupportedError, match=r"config\.json: not valid JSON"):
         DecoderShape.from_config(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_a_plan_can_be_read() -> None:
         (("fastv", "llava-vidoe-7b"), {}, UnsupportedError, "did you mean 'llava-video-7b'"),
         (("fastvv",), {}, PipelineError, "did you mean 'fastv'"),
         (("fastv",), {"dtype": "bfloat15"}, UnsupportedError, "did you mean 'bfloat16'"),
-        (("fastv", "nowhere/config.json"), {}, UnsupportedError, "nowhere/config.json: No such file"),
+        (("fastv", "nowhere/config.json"), {}, UnsupportedError, "nowhere/config.json: cannot be read (No such file"),
         (("fastv", 7), {}, UnsupportedError, "no model in a int: give a known name (llava-video-"),
         (("fastv",), {"budget": 0.01}, BudgetError, "fastv on llava-video-7b: budget tokens 0.01 cannot be met"),
         (("fastv",), {"budget": 2}, BudgetError, "a bare budget is the share that remains"),

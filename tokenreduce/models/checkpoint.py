@@ -5,7 +5,6 @@ A checkpoint that does not fill its model is refused. transformers alone would f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tokenreduce.config.json_source import read_object, shown, validated
 from tokenreduce.errors import CheckpointError
 from tokenreduce.models.placement import best_device
 
 Shapes = dict[str, tuple[int, ...]]
 """Shape of each tensor of a checkpoint or model, by its key."""
+SIDE_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
+    "tokenizer_config.json", "video_preprocessor_config.json", "vision_tower_config.json",
+)  # fmt: skip
+"""Files beside config.json that hold a JSON object each."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -117,15 +123,37 @@ def check_shapes(wanted: Shapes, found: Shapes, folder: Path, optional: Iterable
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object, or a CheckpointError that names the file and the place."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); a checkpoint folder needs it") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(file, CheckpointError)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a checkpoint folder with things in it that are no files, or settings that are not what they should be."""
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise CheckpointError(f"{shown(file)}: is not a regular file; take it out of the checkpoint folder")
+    for name in SIDE_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        validated(_Generation, read_json(generation), shown(generation), CheckpointError)
+
+
+class _Generation(BaseModel):
+    """What we read of generation_config.json."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+
+
+class _Index(BaseModel):
+    """An index of shards."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
+    """The file that holds each tensor."""
 
 
 def _renamed(key: str, renames: Mapping[str, str]) -> str:
@@ -142,10 +170,11 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}; other formats must be converted first")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map; save the checkpoint again")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
+    names = sorted(set(validated(_Index, read_json(index), shown(index), CheckpointError).weight_map.values()))
+    odd = next((name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)), None)
+    if odd is not None:
+        raise CheckpointError(f"{index}: weight_map: expected names of .safetensors files beside it, got {odd[:60]!r}")
+    files = [folder / name for name in names]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise CheckpointError(f"{index}: names files that are not in the folder: {', '.join(absent)}; download them")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -18,12 +17,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tokenreduce.errors import CheckpointError, UnsupportedError
-from tokenreduce.models.checkpoint import LoadOptions, message_of, read_json, refuse_gaps
+from tokenreduce.config.json_source import exists, expanded, shown
+from tokenreduce.errors import CheckpointError, UnsupportedError, foreign, one_line
+from tokenreduce.models.checkpoint import LoadOptions, check_folder, message_of, read_json, refuse_gaps
 from tokenreduce.models.family import Family
 from tokenreduce.models.llava_video.family import LlavaVideoFamily
 from tokenreduce.models.minicpm_v.family import MiniCPMVFamily
 from tokenreduce.models.placement import parse_device
+from tokenreduce.planning.model_config import check_config
 
 EMBEDDED = "embedded"
 """The name of the model that ships inside the package; `./embedded` is a folder of that name."""
@@ -68,13 +69,18 @@ def load_model(
         UnsupportedError: an architecture that neither tokenreduce nor the installed transformers knows.
     """
     options = LoadOptions(dtype, attn_implementation, device_map, None if device is None else parse_device(device))
-    path = EMBEDDED_FOLDER if path_or_id == EMBEDDED else Path(path_or_id).expanduser()
-    config = read_json(_config_file(path, str(path_or_id)))
+    path = EMBEDDED_FOLDER if path_or_id == EMBEDDED else expanded(path_or_id, CheckpointError)
+    file = _config_file(path, str(path_or_id))
+    config = read_json(file)
+    check_config(config, shown(file), CheckpointError)
+    if path.is_dir():
+        check_folder(path)
     for family in families():
         upstream = family.recognises(config)
         if upstream or config.get("model_type") == family.model_type:
             folder = path if path.is_dir() else _download(str(path_or_id))
-            model = family.load(folder, config, options) if upstream else family.load_native(folder, options)
+            with foreign(CheckpointError, f"{shown(folder)}: cannot be loaded"):
+                model = family.load(folder, config, options) if upstream else family.load_native(folder, options)
             return model.eval()
     return _load_with_transformers(str(path if path.is_dir() else path_or_id), options).eval()
 
@@ -83,10 +89,10 @@ def _config_file(path: Path, name: str) -> Path:
     """config.json of a folder, or of a hub name."""
     if path.is_dir():
         return path / "config.json"
-    if path.exists():
-        raise CheckpointError(f"{name}: a file; give the checkpoint folder that holds config.json")
+    if exists(path):
+        raise CheckpointError(f"{shown(name)}: a file; give the checkpoint folder that holds config.json")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise CheckpointError(f"{name}: no such folder, and not a hub name of the form organisation/name")
+        raise CheckpointError(f"{shown(name)}: no such folder, and not a hub name of the form organisation/name")
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the hub client raises errors of several libraries
@@ -103,16 +109,16 @@ def _load_with_transformers(name: str, options: LoadOptions) -> PreTrainedModel:
     except (ValueError, KeyError, OSError) as error:
         known = ", ".join(family.name for family in families())
         raise UnsupportedError(
-            f"{name}: not an architecture that transformers knows, and tokenreduce itself loads only {known} "
+            f"{shown(name)}: not an architecture that transformers knows, and tokenreduce itself loads only {known} "
             f"({message_of(error)})"
         ) from None
+    except Exception as error:
+        raise CheckpointError(f"{shown(name)}: its config.json cannot be used ({one_line(error, 200)})") from error
     vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    try:
+    with foreign(CheckpointError, f"{shown(name)}: transformers cannot load it"):
         model, info = auto.from_pretrained(
             name, config=config, trust_remote_code=False, output_loading_info=True, **options.kwargs()
         )
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{name}: transformers cannot load it ({message_of(error)})") from None
     refuse_gaps(info, name)
     return model  # type: ignore[no-any-return]

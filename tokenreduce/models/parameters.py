@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from tokenreduce.planning.architectures import Architecture, architectures
 from tokenreduce.planning.cost import DecoderShape
+from tokenreduce.planning.model_config import read_config
 
 
 def counted(arch: Architecture) -> Architecture:
@@ -30,8 +29,7 @@ def counted(arch: Architecture) -> Architecture:
 
 def _count(path: Path, shape: DecoderShape) -> int | None:
     """Parameters of transformers' model for a config.json; None where it has none, or one with another decoder."""
-    file = path / "config.json" if path.is_dir() else path
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config = read_config(path)
     kind = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
     config_class = getattr(kind, "config_class", None)
     if kind is None or config_class is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoProcessor, BatchFeature, PreTrainedModel
 
-from tokenreduce.errors import CheckpointError, MediaError, UnsupportedError
+from tokenreduce.errors import CheckpointError, MediaError, UnsupportedError, foreign
 from tokenreduce.media.video import VideoClip, VideoInfo, sample_indices
 from tokenreduce.models.checkpoint import message_of
 from tokenreduce.models.loading import family_of
@@ -163,14 +163,15 @@ def _prepare_with_transformers(
     if batched:
         processor.tokenizer.padding_side = "left"
         extra["padding"] = True
-    inputs = processor.apply_chat_template(
-        messages if batched else messages[0],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **extra,
-    )
+    with foreign(CheckpointError, f"{model.name_or_path}: its processor cannot make inputs of this"):
+        inputs = processor.apply_chat_template(
+            messages if batched else messages[0],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **extra,
+        )
     return BatchFeature(dict(inputs))
 
 
@@ -188,13 +189,19 @@ def video_metadata(clip: VideoClip) -> dict[str, Any]:
 
 def _hf_processor(model: PreTrainedModel) -> Any:
     try:
-        return AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False)
     except ImportError as error:
         raise UnsupportedError(
             f"{type(model).__name__}: its Hugging Face processor needs a package that is not installed "
             f"({message_of(error).split('. ')[0]}); install it, usually torchvision, or build the inputs by hand"
         ) from None
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # each processor class has its own kinds
         raise CheckpointError(
             f"{model.name_or_path}: no processor could be read ({message_of(error)}); give prepare(processor=…)"
-        ) from None
+        ) from error
+    if not any(getattr(processor, part, None) is not None for part in ("image_processor", "video_processor")):
+        raise UnsupportedError(
+            f"{model.name_or_path}: {type(model).__name__} has no processor for pictures; give a video language model, or "
+            "prepare(processor=…)"
+        )
+    return processor

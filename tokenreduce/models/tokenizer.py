@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from tokenreduce.errors import CheckpointError
-from tokenreduce.models.checkpoint import message_of, read_json
+from tokenreduce.config.json_source import shown
+from tokenreduce.errors import CheckpointError, foreign
+from tokenreduce.models.checkpoint import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -23,13 +24,15 @@ def read_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
     remedy = "copy the tokenizer files of the checkpoint there, or give prepare(processor=…)"
     if not has_tokenizer(folder):  # transformers would make an empty tokenizer without a word
         raise CheckpointError(f"{folder}: no tokenizer in it ({', '.join(TOKENIZER_FILES)}); {remedy}")
+    generic = _is_generic(folder)
     try:
-        if _is_generic(folder):
-            # Given a model type, AutoTokenizer would put that family's pre-tokenizer in place of the folder's own.
-            return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({message_of(error)}); {remedy}") from None
+        with foreign(CheckpointError, f"{shown(folder)}: its tokenizer cannot be read"):
+            if generic:
+                # Given a model type, AutoTokenizer would put that family's pre-tokenizer in place of the folder's own.
+                return PreTrainedTokenizerFast.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {remedy}") from error.__cause__
 
 
 def _is_generic(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 import yaml
 
+from tokenreduce.config.json_source import exists, shown
 from tokenreduce.errors import BudgetError, UnsupportedError, nearest
 from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.planning.memory import decoder_parameters
+from tokenreduce.planning.model_config import read_config
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FALLBACK = "llava-video-7b"
@@ -140,18 +141,20 @@ def _named(name: str) -> Architecture:
     if name.lower() in known:
         return known[name.lower()]
     alike = next((arch for arch in known.values() if name in (*arch.families, arch.checkpoint)), None)
-    if alike is not None and not Path(name).exists():
+    if alike is not None and not exists(name):
         return (
             alike if name == alike.checkpoint else replace(alike, note=f"family {name}, planned as {alike.checkpoint}")
         )
-    if not (name.endswith(".json") or Path(name).exists()):
+    if not (name.endswith(".json") or exists(name)):
         raise UnsupportedError(
             f"unknown model '{name}'{nearest(name.lower(), known)}, or give the path of a config.json"
         )
     path = Path(name)
-    shape = DecoderShape.from_config(path)  # Says what is wrong with a file that cannot be read.
-    file = path / "config.json" if path.is_dir() else path
-    return _from_config(str(path), json.loads(file.read_text(encoding="utf-8")), shape)
+    facts = read_config(path)
+    try:
+        return _from_config(str(path), facts, DecoderShape.from_config(facts))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{shown(path)}: {error}") from None
 
 
 def _from_config(name: str, config: dict[str, Any], shape: DecoderShape) -> Architecture:

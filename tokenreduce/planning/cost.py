@@ -13,14 +13,15 @@ All counts are for one sequence. A padded batch costs its padded length, times i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tokenreduce.errors import BudgetError, UnsupportedError, nearest
+from tokenreduce.config.yaml_source import short
+from tokenreduce.errors import BudgetError, UnsupportedError, nearest, one_line
 from tokenreduce.ops.blocks import query_block
+from tokenreduce.planning.model_config import MOST_LAYERS, MOST_WIDTH, MOST_WORDS, check_config, read_config
 
 Form = Literal["exact", "causal", "paper"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -77,9 +78,10 @@ class DecoderShape:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("gated", "router") else 1
-            if not isinstance(value, int) or value < least:
+            most = MOST_LAYERS if field.name == "layers" else MOST_WORDS if field.name == "vocab" else MOST_WIDTH
+            if not isinstance(value, int) or not least <= value <= most:
                 raise UnsupportedError(
-                    f"decoder shape: {field.name} must be a whole number of at least {least}, got {value!r}"
+                    f"decoder shape: {field.name} must be a whole number of {least} to {most:,}, got {short(value)}"
                 )
         if self.heads % self.kv_heads:
             raise UnsupportedError(
@@ -246,7 +248,7 @@ def _shape(facts: Mapping[str, Any], gated: bool | None = None) -> DecoderShape:
     return DecoderShape(
         **values,
         kv_heads=facts.get("num_key_value_heads") or values["heads"],
-        head_dim=facts.get("head_dim") or values["hidden"] // values["heads"],
+        head_dim=facts.get("head_dim") or values["hidden"] // max(values["heads"], 1),
         gated=_gated(family, facts) if gated is None else gated,
     )
 
@@ -266,7 +268,9 @@ def _gated(family: str, facts: Mapping[str, Any]) -> bool:
 def _facts(config: Any) -> Mapping[str, Any]:
     """The decoder's fields of any config; fields that a dict leaves to its family's defaults are filled in."""
     if isinstance(config, str | Path):
-        config = _read(Path(config))
+        config = read_config(Path(config))
+    elif isinstance(config, Mapping):
+        check_config(config, "config")
     if isinstance(config, Mapping):
         config = _completed(config)
     if hasattr(config, "get_text_config"):
@@ -291,14 +295,5 @@ def _completed(facts: Mapping[str, Any]) -> Any:
             try:
                 return CONFIG_MAPPING[family].from_dict(dict(candidate))
             except Exception as error:  # each config class has its own kinds
-                raise UnsupportedError(f"{family}: not a config of it: {' '.join(str(error).split())}") from None
+                raise UnsupportedError(f"{family}: not a config of it: {one_line(error)}") from None
     return inner
-
-
-def _read(path: Path) -> Any:
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise UnsupportedError(f"{path}: {reason}; give the path of a model's config.json") from None

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import BatchFeature, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
 
-from tokenreduce.errors import CheckpointError, UnsupportedError
+from tokenreduce.config.json_source import shown
+from tokenreduce.errors import CheckpointError, UnsupportedError, foreign
 from tokenreduce.media.video import VideoClip
 from tokenreduce.models.checkpoint import LoadOptions, load_strict, read_json
 from tokenreduce.models.family import Family, left_padded
@@ -70,7 +71,8 @@ class MiniCPMVFamily(Family):
             raise CheckpointError(
                 f"{folder}: no tokenizer.json and no vocab.json; copy the checkpoint's tokenizer files there"
             )
-        return Qwen2Tokenizer.from_pretrained(folder)
+        with foreign(CheckpointError, f"{shown(folder)}: its tokenizer cannot be read"):
+            return Qwen2Tokenizer.from_pretrained(folder)
 
     def look(self, model: PreTrainedModel, request: VideoQuestion) -> VideoClip:
         """The authors' rule (`sample_frames`), which counts frames."""
