@@ -88,6 +88,15 @@ def one_line(error: BaseException, limit: int = 400) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def plain(text: object) -> str:
+    """Text for a terminal, in one line: control characters and what turns the direction of writing are shown, not sent."""
+    return "".join(each if each.isprintable() else _shown(each) for each in " ".join(str(text).split()))
+
+
+def _shown(character: str) -> str:
+    return character if character in "\u00a0\u3000" else character.encode("unicode_escape").decode()
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A remedy for an unknown `name`: `; did you mean 'fastv'?` and the list of what is known."""
     names = sorted(known)

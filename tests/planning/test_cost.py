@@ -193,7 +193,7 @@ def test_a_dict_is_completed_by_the_defaults_of_its_family() -> None:
         ({**TINY, "hidden_act": "silu", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         (CONFIG_MAPPING["qwen2_moe"](), "shared_expert_intermediate_size"),
         (3, "int"),
-        ("no/such/config.json", "no/such/config.json: cannot be read (No such file"),
+        ("no/such/config.json", r"no/such/config.json: cannot be read \(No such file"),
     ],
 )
 def test_configs_without_a_known_cost_are_refused_in_one_line(config: Any, message: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import pkgutil
 import sys
 import warnings
@@ -20,8 +19,9 @@ import typer
 import typer.main
 
 from tokenreduce import __version__
+from tokenreduce.cli._terminal import guarded
 from tokenreduce.cli._voice import Said, log_level, voice
-from tokenreduce.errors import TokenReduceError
+from tokenreduce.errors import TokenReduceError, plain
 
 FIRST = ("run", "compare", "plan", "validate")
 """Commands that head the list in `--help`; the others follow in alphabetical order."""
@@ -40,8 +40,12 @@ Examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for an error the user can mend, 130 for an interrupt.
 
-    1 where the reader of our output has gone, and, by Python, where an error is a bug of ours.
+    1 where the reader of our output has gone, or where an error is a bug of ours.
     """
+    return guarded(_main, arguments)
+
+
+def _main(arguments: list[str]) -> int:
     voice.quiet = False
     log, handler = logging.getLogger("tokenreduce"), Said()
     level = log.level
@@ -51,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             code = _commands()(args=arguments, prog_name="tokenreduce", standalone_mode=False)
-            sys.stdout.flush()
             return _finish(code if isinstance(code, int) else 0)
         except typer.TyperException as error:
             return _fail(error.format_message())
@@ -59,10 +62,6 @@ def main(arguments: list[str] | None = None) -> int:
             return _fail(str(error))
         except (KeyboardInterrupt, typer.Abort):
             return _finish(130)
-        except BrokenPipeError:
-            # Whoever read our output has gone; Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         finally:
             log.removeHandler(handler)
             log.setLevel(level)
@@ -140,10 +139,10 @@ def _finish(code: int) -> int:
 
 
 def _fail(message: str) -> int:
-    voice.say(f"error: {' '.join(message.split())}")
+    voice.say(f"error: {plain(message)}")
     return 2
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     if not voice.quiet:
-        voice.say(f"warning: {' '.join(str(message).split())}")
+        voice.say(f"warning: {plain(message)}")

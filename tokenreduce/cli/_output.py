@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tokenreduce.errors import TokenReduceError
+from tokenreduce.errors import TokenReduceError, plain
 
 GAP = "  "
 """Between two columns."""
@@ -22,12 +22,15 @@ FOLDS_FROM = 20
 
 
 def print_json(data: Any) -> None:
-    """Indented JSON on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Indented JSON on stdout, in ASCII where stdout is not UTF-8. Under --json nothing else gets there."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(data, indent=2, ensure_ascii=not unicode) + "\n"
+    getattr(sys.stdout, "result", sys.stdout.write)(text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns where there is room for them, else one record per row."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     print("\n".join(table_lines(columns, rows, terminal_width(sys.stdout))))
 
 

@@ -12,6 +12,8 @@ from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loadin
 if TYPE_CHECKING:
     from tokenreduce.compare.settings import Settings
 
+MOST_EXAMPLES = 1_000_000
+"""A report reads all rows at once."""
 NEEDLES = 200
 """Examples of the needle task, where no number is given."""
 
@@ -32,21 +34,28 @@ def compare_command(
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint folder or hub name; several times.")] = None,
     examples: Annotated[
         int | None,
-        typer.Option(min=1, help="Examples, the same ones for every arm. Default: 200 needles, or every question."),
+        typer.Option(
+            min=1,
+            max=MOST_EXAMPLES,
+            help="Examples, the same ones for every arm. Default: 200 needles, or every question.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the examples, and the bootstrap's draws.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Chooses the examples, and the bootstrap's draws.")
+    ] = 1,
     baseline: Annotated[str | None, typer.Option(help="Arm to test the others against. Default: dense.")] = None,
     kind: Annotated[
         str, typer.Option(help="Needle: one_hop, second_turn, chain, two_hop, spot, count, order, list.")
     ] = "one_hop",
     frames: Annotated[
-        list[int] | None, typer.Option(min=1, help="Needle: frames; several times: in turns. Default: 16.")
+        list[int] | None, typer.Option(min=1, max=10_000, help="Needle: frames; several times: in turns. Default: 16.")
     ] = None,
     positions: Annotated[
-        int | None, typer.Option(min=2, help="Needle: so many places in the video, in turns. Default: anywhere.")
+        int | None,
+        typer.Option(min=2, max=10_000, help="Needle: so many places in the video, in turns. Default: anywhere."),
     ] = None,
     size: Annotated[
-        int, typer.Option(min=1, help="Needle: its side in cells; a cell is a token of the embedded model.")
+        int, typer.Option(min=1, max=1_000, help="Needle: its side in cells; a cell is a token of the embedded model.")
     ] = 1,
     placement: Annotated[
         str, typer.Option(help="Needle: edit (drawn over a frame), insert (a frame of its own) or mixed.")
@@ -55,21 +64,26 @@ def compare_command(
         list[str] | None, typer.Option(help="Needle: video to hide needles in; several times. Default: held-out clips.")
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=8, help="Needle: pixels per side of a frame. Default: 48.")
+        int | None, typer.Option(min=8, max=10_000, help="Needle: pixels per side of a frame. Default: 48.")
     ] = None,
-    grid: Annotated[int | None, typer.Option(min=1, help="Needle: cells per side of a frame. Default: 6.")] = None,
+    grid: Annotated[
+        int | None, typer.Option(min=1, max=1_000, help="Needle: cells per side of a frame. Default: 6.")
+    ] = None,
     questions: Annotated[
         Path | None, typer.Option(help="Questions file (JSONL) of a folder of videos. Default: its questions.jsonl.")
     ] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video file, at most.")] = None,
-    fps: Annotated[float | None, typer.Option(min=0.001, help="Frames per second to sample from video files.")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, max=100_000, help="Frames of a video file, at most.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.001, max=1e6, help="Frames per second to sample from video files.")
+    ] = None,
     allow_truncated: Annotated[
         bool, typer.Option("--allow-truncated", help="Go on with what is there of video files that broke off.")
     ] = False,
     new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of an answer, at most. Default: 8 for needles, else 32.")
+        int | None,
+        typer.Option(min=1, max=100_000, help="Length of an answer, at most. Default: 8 for needles, else 32."),
     ] = None,
-    pictures: Annotated[int, typer.Option(min=0, help="Examples whose kept patches the report shows.")] = 2,
+    pictures: Annotated[int, typer.Option(min=0, max=10_000, help="Examples whose kept patches the report shows.")] = 2,
     ray: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster, or `local` to start one on this machine.")
     ] = None,

@@ -20,7 +20,9 @@ def plan_command(
     model: Annotated[
         str, typer.Option(help="A known model, a family of `models`, or the path of a config.json.")
     ] = "llava-video-7b",
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the model's.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, max=10_000_000, help="Frames of the video. Default: the model's.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
     similar: Annotated[
         float,

@@ -31,10 +31,11 @@ def run_command(
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name.")] = "embedded",
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be new. Default: runs/NAME.")] = None,
     fps: Annotated[
-        float | None, typer.Option(help="Frames per second to sample, or of frame files. Default: 1.")
+        float | None,
+        typer.Option(min=0.001, max=1e6, help="Frames per second to sample, or of frame files. Default: 1."),
     ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(help="Frames at most. Default: 64; for the embedded model 32.")
+        int | None, typer.Option(min=1, max=100_000, help="Frames at most. Default: 64; for the embedded model 32.")
     ] = None,
     allow_truncated: Annotated[
         bool, typer.Option("--allow-truncated", help="Go on with what is there of a file that broke off.")
@@ -43,8 +44,8 @@ def run_command(
     dtype: Dtype = "auto",
     attn: Attention = None,
     device_map: DeviceMap = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills per arm, after one warm-up.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, at most.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Timed prefills per arm, after one warm-up.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Length of the answer, at most.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that exists.")] = False,
 ) -> None:
     """Ask a model about a video, dense and with each pipeline, and show what was kept, saved and changed.

@@ -12,6 +12,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenreduce.config.json_source import exists, expanded
 from tokenreduce.errors import MediaError
 
 JUMP = 16
@@ -22,8 +23,8 @@ def local_path(path: str | Path) -> Path:
     """The path itself, or that of a `file://` URL. Raises MediaError for any other URL."""
     text = str(path)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
-    if scheme is None or Path(text).exists():
-        return Path(path).expanduser()
+    if scheme is None or exists(text):
+        return expanded(path, MediaError)
     if scheme[1].lower() != "file":
         raise MediaError(f"{text}: a URL; download it first, and give the file")
     parts = urlsplit(text)
@@ -43,10 +44,12 @@ class Reader:
         self.path, self.lenient = path, lenient
 
     def __enter__(self) -> Reader:
-        if self.path.is_dir():
+        if exists(self.path) and self.path.is_dir():
             raise MediaError(f"{self.path}: a directory; give a video file")
-        if not self.path.exists():
+        if not exists(self.path):
             raise MediaError(f"{self.path}: no such file")
+        if not self.path.is_file():
+            raise MediaError(f"{self.path}: is not a regular file; give a video file")
         try:
             self.container = av.open(str(self.path))
         except (av.error.FFmpegError, OSError) as error:

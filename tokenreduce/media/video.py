@@ -150,7 +150,7 @@ def sample_indices(
     check_sampling(fps, max_frames)
     if not avg_fps > 0:
         raise MediaError(f"frames per second must be above 0, got a video of {avg_fps}")
-    indices = range(0, total, max(1, round(avg_fps / fps)))
+    indices = range(0, total, max(1, round(min(avg_fps / fps, total))))
     if len(indices) > max_frames or force_sample:
         return [int(index) for index in np.linspace(0, total - 1, max_frames, dtype=int)]
     return list(indices)
