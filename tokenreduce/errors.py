@@ -89,8 +89,13 @@ def one_line(error: BaseException, limit: int = 400) -> str:
 
 
 def plain(text: object) -> str:
-    """Text for a terminal, in one line: control characters and what turns the direction of writing are shown, not sent."""
-    return "".join(each if each.isprintable() else _shown(each) for each in " ".join(str(text).split()))
+    """Text for a terminal, in one line, by `printable`."""
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: str) -> str:
+    """Control characters and what turns the direction of writing are shown, not sent to the terminal."""
+    return "".join(each if each.isprintable() else _shown(each) for each in text)
 
 
 def _shown(character: str) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tokenreduce.errors import TokenReduceError, plain
+from tokenreduce.config.outputs import reserved, unwritable, write_file
+from tokenreduce.errors import plain, printable
 
 GAP = "  "
 """Between two columns."""
@@ -39,7 +40,7 @@ def print_prose(text: str, *, file: TextIO | None = None, indent: str = "") -> N
     file = file or sys.stdout
     width = terminal_width(file)
     for paragraph in text.split("\n"):
-        print("\n".join(wrap(paragraph, width, indent)), file=file)
+        print("\n".join(wrap(printable(paragraph), width, indent)), file=file)
 
 
 def terminal_width(file: TextIO) -> int | None:
@@ -91,13 +92,11 @@ def wrap(text: str, width: int | None, indent: str = "") -> list[str]:
 
 def write_new(path: Path, text: str, *, force: bool) -> None:
     """Write a text file. An existing one is kept, with an error, unless `force`."""
-    try:
-        with path.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise TokenReduceError(f"{path} exists; give another --output, or --force to overwrite it") from None
-    except OSError as error:
-        raise TokenReduceError(f"{path} cannot be written: {error.strerror}") from None
+    with reserved(path, force):
+        try:
+            write_file(path, text)
+        except OSError as error:
+            raise unwritable(path, error) from None
 
 
 def _fit(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,47 @@ from tokenreduce import plugins
 from tokenreduce.adapter import Prompt
 from tokenreduce.cli._media import Asking
 from tokenreduce.compare.side_by_side import MeasuredArm
+from tokenreduce.config.json_source import shown
+from tokenreduce.config.outputs import PART, file_names
+from tokenreduce.errors import TokenReduceError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.media.pictures import comparison_sheet, frame_grid, kept_patches, tokens_per_layer
 
+FILES = {"summary.json", "tokens_per_layer.png", "comparison.png"}
+"""What the folder holds beside a folder per arm."""
 
-def write_folder(
+
+def save_folder(
     folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequence[MeasuredArm], asking: Asking
 ) -> list[str]:
-    """Write everything and return lines that say what is where."""
-    summary = [_summary(arm) for arm in arms]
+    """Write everything into `folder`, whole or not at all, and return lines that say what is where.
+
+    Where that fails, a temporary folder takes it, and the TokenReduceError names it.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=PART, dir=folder) as staged:
+            lines = write_folder(Path(staged), model, inputs, arms, asking, folder)
+            for file in sorted(Path(staged).rglob("*")):
+                target = folder / file.relative_to(staged)
+                target.mkdir(exist_ok=True) if file.is_dir() else file.replace(target)
+            return lines
+    except OSError as error:
+        reason = f"{shown(folder)} cannot be written: {error.strerror or error}"
+    elsewhere = Path(tempfile.mkdtemp(prefix="tokenreduce-run-"))
+    try:
+        write_folder(elsewhere, model, inputs, arms, asking, elsewhere)
+    except OSError:
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        raise TokenReduceError(f"{reason}; nor can {elsewhere.parent}: what is printed above is all there is") from None
+    raise TokenReduceError(f"{reason}; everything is in {elsewhere} instead")
+
+
+def write_folder(
+    folder: Path, model: Any, inputs: Mapping[str, Any], arms: Sequence[MeasuredArm], asking: Asking, named: Path
+) -> list[str]:
+    """Write everything and return lines that say what is where. named: what they call the folder."""
+    places = file_names([arm.name for arm in arms], FILES)
+    summary = [_summary(arm, places[arm.name]) for arm in arms]
     (folder / "summary.json").write_text(
         json.dumps(
             {"question": asking.question, "expected": asking.expected, **_seen(asking), "arms": summary}, indent=2
@@ -29,12 +63,12 @@ def write_folder(
         encoding="utf-8",
     )
     for arm in arms:
-        (folder / arm.name).mkdir(exist_ok=True)
+        (folder / places[arm.name]).mkdir()
         trace = {"pipeline": "dense", "layers": [{"layer": i, "tokens": [n]} for i, n in enumerate(arm.counts.tokens)]}
         data = trace if arm.trace is None else arm.trace.to_dict()
-        (folder / arm.name / "trace.json").write_text(json.dumps(data), encoding="utf-8")
+        (folder / places[arm.name] / "trace.json").write_text(json.dumps(data), encoding="utf-8")
     tokens_per_layer({arm.name: arm.counts.tokens for arm in arms}, folder / "tokens_per_layer.png")
-    lines = [f"wrote {folder}/summary.json, {folder}/ARM/trace.json, {folder}/tokens_per_layer.png"]
+    lines = [f"wrote {named}/summary.json, {named}/ARM/trace.json, {named}/tokens_per_layer.png"]
     reduced = [arm for arm in arms if arm.pipeline is not None]
     layout = _layout(model, inputs, reduced)
     if layout is None:
@@ -49,7 +83,7 @@ def write_folder(
     title = f"{asking.question} ({asking.name})"
     for name, source in sources.items():
         kept_patches(
-            asking.shown, slot, frame, source, grid, marker, folder / name / "kept.png",
+            asking.shown, slot, frame, source, grid, marker, folder / places[name] / "kept.png",
             title=f"{name}: {title}", times=times,
         )  # fmt: skip
     comparison_sheet(
@@ -63,7 +97,7 @@ def write_folder(
         title=title,
         times=times,
     )
-    return [*lines, f"wrote {folder}/comparison.png and {folder}/ARM/kept.png: what became of each patch"]
+    return [*lines, f"wrote {named}/comparison.png and {named}/ARM/kept.png: what became of each patch"]
 
 
 def _seen(asking: Asking) -> dict[str, Any]:
@@ -83,9 +117,11 @@ def _layout(model: Any, inputs: Mapping[str, Any], reduced: Sequence[MeasuredArm
     return None if layout is None else layout.to(torch.device("cpu"))
 
 
-def _summary(arm: MeasuredArm) -> dict[str, Any]:
+def _summary(arm: MeasuredArm, place: str) -> dict[str, Any]:
     return {
         "name": arm.name,
+        "folder": place,
+        "finite": arm.finite,
         "answer": arm.answer,
         "tokens_per_layer": arm.counts.tokens,
         "flops": arm.counts.flops,

@@ -51,9 +51,7 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str] | None) ->
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
-        _to_nowhere()
-        return 1
+        return _unread()
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         line, code = f"{where}{error.strerror or one_line(error)}", 2
@@ -63,6 +61,8 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str] | None) ->
     except MemoryError as error:
         line, code = f"out of memory ({one_line(error)}); ask for fewer frames, or a smaller model", 2
     except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # click's own way out
+            return _unread()
         if type(error).__name__ == "OutOfMemoryError":
             line, code = f"out of memory ({one_line(error, 200)}); ask for fewer frames, or a smaller model", 2
         else:
@@ -86,6 +86,12 @@ def _open_streams() -> bool:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="tokenreduce")
     return not closed
+
+
+def _unread() -> int:
+    """Whoever read our output has gone; Python would complain once more when it flushes at exit."""
+    _to_nowhere()
+    return 1
 
 
 def _to_nowhere() -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tokenreduce.planning.architectures import Architecture
     from tokenreduce.planning.plan import Plan
 
+DRAWN = ("", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+"""Endings of files that a plan can be drawn in; without one it is a PNG."""
 BLOCKS = "▏▎▍▌▋▊▉█"
 
 
@@ -44,14 +46,14 @@ def plan_command(
       tokenreduce plan fastv streaming_llm --model path/to/config.json --budget 0.2 --output plan.png
       tokenreduce plan framefusion fastv --model llava-video-7b --memory 24GiB
     """
-    from tokenreduce.cli._output import print_json, print_prose
+    from tokenreduce.config.outputs import reserved
     from tokenreduce.errors import TokenReduceError
     from tokenreduce.pipeline import load_pipeline
     from tokenreduce.planning.architectures import architecture
     from tokenreduce.planning.plan import plan_on
 
-    if output is not None and output.exists() and not force:
-        raise TokenReduceError(f"{output} exists; give another --output, or --force to overwrite it")
+    if output is not None and output.suffix.lower() not in DRAWN:
+        raise TokenReduceError(f"{output}: a plan is drawn as {', '.join(DRAWN[1:])}; give --output such an ending")
     arch = architecture(model)
     arch = arch if dtype is None else arch.with_dtype(dtype)
     loaded = [load_pipeline(source) for source in pipeline]
@@ -61,7 +63,16 @@ def plan_command(
             raise TokenReduceError("--memory asks how many frames fit: leave out --frames and --output")
         _largest(loaded, arch, memory, similar, json)
         return
-    plans = {one.name: plan_on(one, arch, frames, similar) for one in loaded}
+    with reserved(output, force):
+        plans = {one.name: plan_on(one, arch, frames, similar) for one in loaded}
+        _show(plans, arch, frames, similar, json)
+        if output is not None:
+            _draw(plans, arch, output, json)
+
+
+def _show(plans: dict[str, Plan], arch: Architecture, frames: int | None, similar: float, json: bool) -> None:
+    from tokenreduce.cli._output import print_json, print_prose
+
     if json:
         print_json({name: one.to_dict() for name, one in plans.items()})
     else:
@@ -71,8 +82,6 @@ def plan_command(
         )
         for one in plans.values():
             _print(one, similar)
-    if output is not None:
-        _draw(plans, arch, output)
 
 
 def _largest(pipelines: list[Pipeline], arch: Architecture, memory: str, similar: float, json: bool) -> None:
@@ -116,9 +125,12 @@ def _bar(share: float, width: int = 24) -> str:
     return "█" * (eighths // 8) + (BLOCKS[eighths % 8 - 1] if eighths % 8 else "")
 
 
-def _draw(plans: dict[str, Plan], arch: Architecture, output: Path) -> None:
+def _draw(plans: dict[str, Plan], arch: Architecture, output: Path, json: bool) -> None:
+    import sys
+    import tempfile
+
     from tokenreduce.cli._output import print_prose
-    from tokenreduce.errors import TokenReduceError
+    from tokenreduce.config.outputs import replacing, unwritable
     from tokenreduce.media.pictures import plan_plot
     from tokenreduce.planning.cost import layer_flops
 
@@ -129,7 +141,10 @@ def _draw(plans: dict[str, Plan], arch: Architecture, output: Path) -> None:
         tokens[name] = [layer.tokens for layer in plan.layers]
         flops[name] = [layer.flops for layer in plan.layers]
     try:
-        plan_plot(tokens, flops, output)
-    except (OSError, ValueError) as error:
-        raise TokenReduceError(f"{output} cannot be written: {error}") from None
-    print_prose(f"wrote {output}")
+        with tempfile.TemporaryDirectory() as folder, replacing(output) as part:
+            drawn = Path(folder) / f"plan{output.suffix or DRAWN[1]}"
+            plan_plot(tokens, flops, drawn)
+            part.write_bytes(drawn.read_bytes())
+    except OSError as error:
+        raise unwritable(output, error) from None
+    print_prose(f"wrote {output}", file=sys.stderr if json else sys.stdout)

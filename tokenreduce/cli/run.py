@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +12,9 @@ from tokenreduce.cli._output import print_prose, print_table
 from tokenreduce.cli._progress import progress
 
 if TYPE_CHECKING:
+    from tokenreduce.cli._media import Asking
     from tokenreduce.compare.side_by_side import MeasuredArm
+    from tokenreduce.pipeline import Pipeline
 
 
 def run_command(
@@ -61,17 +62,27 @@ def run_command(
     if budget is not None:
         pipelines = [loaded.with_budget(budget) for loaded in pipelines]
     from tokenreduce.cli._media import read_question
+    from tokenreduce.config.outputs import give_back, reserve_folder
 
     asking = read_question(video, question, model, fps, max_frames, allow_truncated)
     where = loading_of(device, dtype, attn, device_map)
     folder = output or Path("runs") / asking.name
-    _check_folder(folder, force)
+    made = reserve_folder(folder, force)
+    try:
+        _measure_and_write(asking, where, folder, pipelines, repeats, new_tokens)
+    finally:
+        give_back(made)
 
+
+def _measure_and_write(
+    asking: Asking, where: dict[str, Any], folder: Path, pipelines: list[Pipeline], repeats: int, new_tokens: int
+) -> None:
     from tokenreduce.compare.side_by_side import measure
+    from tokenreduce.models.placement import placement_line
 
     with progress("run") as state:
         state.total = len(pipelines) + 1  # Arms; each takes a warm-up, its timed prefills, and an answer.
-        state.total = 3 + state.total * (repeats + 2)
+        state.total = 2 + state.total * (repeats + 2)
         state.step("loading the model")
         loaded, note = asking.load(where)
         state.step("preparing the video")
@@ -85,15 +96,12 @@ def run_command(
             decode=asking.decoder(loaded),
             progress=state.step,
         )
-        state.step("drawing")
-        from tokenreduce.cli._report import write_folder
-
-        folder.mkdir(parents=True, exist_ok=True)
-        written = write_folder(folder, loaded, inputs, arms, asking)
-    from tokenreduce.models.placement import placement_line
-
-    print_prose(f"model: {model} on {placement_line(loaded)}", indent="  ")
+    # Before anything is written: what was measured is not lost to a full disk.
+    print_prose(f"model: {asking.model} on {placement_line(loaded)}", indent="  ")
     _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
+    from tokenreduce.cli._report import save_folder
+
+    written = save_folder(folder, loaded, inputs, arms, asking)
     for line in (*note, *written):
         print_prose(line, indent="  ")
 
@@ -125,15 +133,5 @@ def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: 
             if stage.site.startswith("vision."):
                 what = f"{stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}"
                 print_prose(f"{arm.name}: {what}", indent="  ")
-
-
-def _check_folder(folder: Path, force: bool) -> None:
-    """Refuse, before any work, a folder that exists or could not be made."""
-    from tokenreduce.errors import TokenReduceError
-
-    if folder.exists() and not (force and folder.is_dir()):
-        remedy = "or --force to write into it" if folder.is_dir() else "it is not a folder"
-        raise TokenReduceError(f"{folder} exists; give another --output, {remedy}")
-    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise TokenReduceError(f"{folder} cannot be written: {parent} is not a folder one can write to")
+        if not arm.finite:
+            print(f"{arm.name}: its logits are not finite (NaN or infinite), so that its answer means nothing")

@@ -72,6 +72,12 @@ def check_model(bench: Bench, item: Item) -> list[Check]:
 def _equal(name: str, subject: str, one: Tensor, other: Tensor) -> Check:
     if torch.equal(one, other):
         return Check(name, subject, True, "all logits equal, bit for bit")
+    if torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num()):
+        return Check(name, subject, True, "all logits equal, bit for bit, NaN among them")
+    if one.isnan().any() or other.isnan().any():
+        return Check(
+            name, subject, False, f"{int((one.isnan() != other.isnan()).sum())} logits are NaN in one of them alone"
+        )
     return Check(name, subject, False, f"logits differ by up to {float((one - other).abs().max()):.3g}")
 
 
@@ -112,6 +118,16 @@ def check_fired(arms: Sequence[Arm], rows: Sequence[Mapping[str, Any]], finished
                 f"arm {arm.name} reduced nothing in {len(own)} example{'s' * (len(own) > 1)}: every layer worked on every token; "
                 "mend its stages or their thresholds, or leave it out"
             )
+
+
+def check_finite(arm: str, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
+    """A failed check where logits of an arm were NaN or infinite in some example."""
+    odd = [row["id"] for row in rows if not row.get("finite", True)]
+    if not odd:
+        return []
+    which = f"{', '.join(map(str, odd[:5]))}{' …' if len(odd) > 5 else ''}"
+    detail = f"NaN or infinite in {len(odd)} of {len(rows)} examples, which count as not right: {which}"
+    return [Check("logits are finite", arm, False, detail)]
 
 
 def check_shuffled(arm: str, rows: Sequence[Mapping[str, Any]], seed: int) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.compare.prefill import now, timed
+from tokenreduce.compare.prefill import is_finite, now, timed
 from tokenreduce.errors import CheckpointError, UnsupportedError
 from tokenreduce.models.loading import family_of
 from tokenreduce.models.tokenizer import has_tokenizer, read_tokenizer
@@ -76,6 +77,11 @@ class Reply:
     decode: list[float] = field(default_factory=list)
     """Seconds of each step after the first token."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether all logits are numbers; else the answer means nothing."""
+        return all(is_finite(logits) for logits in self.logits)
+
 
 @torch.inference_mode()
 def converse(
@@ -119,7 +125,12 @@ def _next(model: Any, ids: Tensor, out: Any) -> Any:
 
 
 def kl_divergence(reference: Reply, other: Reply) -> float:
-    """Mean of KL(reference ‖ other), in nats, over the answer's tokens up to and with the first where the two differ."""
+    """Mean of KL(reference ‖ other), in nats, over the answer's tokens up to and with the first where the two differ.
+
+    NaN where logits of one of them are not finite.
+    """
+    if not (reference.finite and other.finite):
+        return math.nan
     values = []
     for number, (p, q) in enumerate(zip(reference.logits, other.logits, strict=False)):
         # Models may forbid a token with −∞.

@@ -192,13 +192,17 @@ class Bench:
         said = item.read(text)
         steps = reply.decode
         reduced = arm.pipeline is not None
+        # NaN answers nothing: what it happens to spell is neither right nor like dense.
+        finite = reply.finite
+        both = finite and dense.reply.finite
         return {
             "arm": arm.name,
             "reply": text,
-            "said": said,
-            "right": said == item.expected,
-            "agrees": reply.ids[0] == dense.reply.ids[0] if reduced else None,
-            "kl": kl_divergence(dense.reply, reply) if reduced else None,
+            "said": said if finite else "",
+            "finite": finite,
+            "right": finite and said == item.expected,
+            "agrees": both and reply.ids[0] == dense.reply.ids[0] if reduced else None,
+            "kl": kl_divergence(dense.reply, reply) if reduced and both else None,
             "tokens": counts.tokens,
             "fired": counts.spared
             or counts.tokens != dense.counts.tokens

@@ -55,7 +55,7 @@ def picture(bench: Bench, item: Item, index: int, outcomes: Mapping[str, ArmOutc
             {
                 "arm": arm.name,
                 "reply": reply,
-                "right": item.read(reply) == item.expected,
+                "right": outcome.reply.finite and item.read(reply) == item.expected,
                 **dict(zip(("kept", "merged", "dropped"), counts, strict=True)),
                 "png": _strip(np.stack([render_frame(f, states[i]) for f, i in zip(shown, chosen, strict=True)])),
             }

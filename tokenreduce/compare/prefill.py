@@ -76,6 +76,11 @@ def count_prefill(run: Run | None, shape: DecoderShape, output: Any, width: int)
     )
 
 
+def is_finite(logits: Tensor) -> bool:
+    """Whether logits are numbers to choose by. Models may forbid a token with −∞, but not all of them."""
+    return bool((logits < torch.inf).all()) and bool((logits > -torch.inf).any(-1).all())
+
+
 @contextmanager
 def timed(decoder: nn.Module, device: torch.device) -> Iterator[list[float]]:
     """Seconds of each forward of `decoder`, in order, as they end."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.compare.arms import BASELINE, name_pipelines
-from tokenreduce.compare.prefill import PrefillCounts, count_prefill, now, timed
+from tokenreduce.compare.prefill import PrefillCounts, count_prefill, is_finite, now, timed
 from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
 from tokenreduce.errors import PipelineError, UnsupportedError
@@ -41,6 +41,8 @@ class MeasuredArm:
     """Median seconds of the decoder per generated token after the first, None if there is none."""
     answer: str = ""
     """The generated text."""
+    finite: bool = True
+    """Whether the logits that the prefill ends with are numbers; else the answer means nothing."""
 
     @property
     def llm_median(self) -> float:
@@ -119,6 +121,7 @@ def _counted(name: str, model: Any, run: Run | None, output: Any, width: int) ->
         counts = count_prefill(run, DecoderShape.from_config(model.config), output, width)
     except UnsupportedError as error:
         raise UnsupportedError(f"pipeline {name}: {error}") from None
+    finite = is_finite(output.logits)
     if run is None:
-        return MeasuredArm(name, None, counts, None)
-    return MeasuredArm(name, run.pipeline, counts, run.trace)
+        return MeasuredArm(name, None, counts, None, finite=finite)
+    return MeasuredArm(name, run.pipeline, counts, run.trace, finite=finite)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenreduce.compare.arms import Arm
-from tokenreduce.compare.checks import check_shuffled
+from tokenreduce.compare.checks import check_finite, check_shuffled
 from tokenreduce.compare.statistics import (
     examples_needed,
     holm,
@@ -63,6 +63,8 @@ def summarise(store: Store, arms: Sequence[Arm]) -> dict[str, Any]:
     for arm in arms:
         if arm.pipeline is None and rows[arm.name]:
             checks.append(check_shuffled(arm.name, rows[arm.name], seed).to_dict())
+        if rows[arm.name]:
+            checks += [check.to_dict() for check in check_finite(arm.name, rows[arm.name])]
     asked = settings["examples"]
     finished = min((entry["examples"] for entry in entries), default=0)
     return {
@@ -130,12 +132,14 @@ def _arm(arm: Arm, rows: Sequence[Row], placed: bool) -> dict[str, Any]:
     }
     if not rows:
         return entry
+    entry["not_finite"] = sum(not row.get("finite", True) for row in rows)
     right = sum(row["right"] for row in rows)
     entry |= {"right": right, "accuracy": right / len(rows), "interval": list(wilson(right, len(rows)))}
     agrees = [row["agrees"] for row in rows if row["agrees"] is not None]
     if agrees:
         entry |= {"agreement": sum(agrees) / len(agrees), "agreement_interval": list(wilson(sum(agrees), len(agrees)))}
-        entry["kl"] = statistics.fmean(row["kl"] for row in rows)
+        divergences = [row["kl"] for row in rows if row["kl"] is not None]
+        entry["kl"] = statistics.fmean(divergences) if divergences else None
     for name in (
         "relative_tokens",
         "relative_flops",

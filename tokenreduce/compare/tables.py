@@ -46,10 +46,12 @@ class Table:
 
 def main_table(arms: Sequence[Entry], baseline: str) -> Table:
     """Accuracy, difference from the baseline, agreement with dense, tokens and FLOPs."""
-    columns = (
+    columns: tuple[str, ...] = (
         "arm", "budget", "accuracy", "95 % interval", f"difference from {baseline}", "its interval", "p (Holm)", "",
         "same first token", "KL, nats", "tokens", "FLOPs",
     )  # fmt: skip
+    odd = any(arm.get("not_finite") for arm in arms)
+    columns = (*columns, "not finite") if odd else columns
     rows = []
     for arm in arms:
         if not arm["examples"]:
@@ -69,12 +71,18 @@ def main_table(arms: Sequence[Entry], baseline: str) -> Table:
                 number(arm.get("kl"), "{:.3g}"),
                 f"{arm['relative_tokens']:.3f}",
                 f"{arm['relative_flops']:.3f}",
+                *([f"{arm.get('not_finite', 0)} of {arm['examples']}"] if odd else []),
             )
         )
     notes = (
         "Tokens and FLOPs are shares of the dense prefill: tokens as a mean over layers; FLOPs with attention over full "
         "squares, importance included. Agreement and KL(dense ‖ arm) are with the dense arm of the same model; the KL is the "
         "mean over the answer's tokens up to where the two part.",
+        *(
+            ["Not finite: examples whose logits were NaN or infinite; they count as not right, and have no KL."]
+            if odd
+            else []
+        ),
     )
     return Table("Accuracy", columns, tuple(rows), notes)
 

@@ -35,7 +35,7 @@ function agreementPlot(arms) {
   if (!own.length) return null;
   const plot = frame("Agreement with dense against relative FLOPs", 0, 1.05, 0, 1, "FLOPs of the prefill, share of dense", "same first token as dense");
   for (const arm of own) {
-    const words = `${arm.name}\nsame first token: ${percent(arm.agreement)}\nKL from dense: ${arm.kl.toPrecision(3)} nats`;
+    const words = `${arm.name}\nsame first token: ${percent(arm.agreement)}\nKL from dense: ${arm.kl == null ? "none" : arm.kl.toPrecision(3) + " nats"}`;
     point(plot, arm, plot.x(arm.relative_flops), words, arm.agreement, arm.agreement_interval);
   }
   return html("div", {}, plot.root, armLegend(own));
