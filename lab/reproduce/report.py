@@ -20,7 +20,7 @@ from lab.reproduce.plan import LENGTHS
 from lab.reproduce.rows import Rows
 from tokenreduce import __version__
 from tokenreduce.compare.checks import Check
-from tokenreduce.compare.store import write_file
+from tokenreduce.config.outputs import write_file
 
 COLUMNS = (
     "table",

@@ -86,14 +86,14 @@ def test_questions_are_shuffled_by_seed_and_read(tmp_path: Path) -> None:
     [
         ("{", "questions.jsonl:2: not valid JSON"),
         ("[1]", "questions.jsonl:2: expected an object with video, question, answer, found list"),
-        ({"video": "a.mp4", "question": "q"}, "field 'answer': expected text, got None"),
-        ({"video": "b.mp4", "question": "q", "answer": "x"}, "field 'video': no such file"),
+        ({"video": "a.mp4", "question": "q"}, "questions.jsonl:2: the field 'answer' is missing"),
+        ({"video": "b.mp4", "question": "q", "answer": "x"}, "questions.jsonl:2: video: no such file"),
         ({"video": "a.mp4", "question": "q", "answer": "!"}, "no word to look for"),
         (
             {"video": "a.mp4", "question": "q", "answer": "z", "options": ["x", "y"]},
             "'z' is neither one of the options",
         ),
-        ({"video": "a.mp4", "question": "q", "answer": "x", "options": "xy"}, "expected a list of texts"),
+        ({"video": "a.mp4", "question": "q", "answer": "x", "options": "xy"}, "options: expected a list, got 'xy'"),
         ({"video": "a.mp4", "question": "q", "answer": "x", "options": ["x", "x"]}, "2 to 26 different texts"),
     ],
 )
@@ -144,7 +144,9 @@ def test_a_data_set_on_disk(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "a.mp4", frames=8)
     columns = {"video": [str(clip)] * 2, "question": ["q", "r"], "answer": ["x", "B"], "options": [None, ["x", "y"]]}
     datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "plain"))
-    task = open_folder(tmp_path / "plain", 1, None)
+    with pytest.raises(MediaError, match="leads out of"):
+        open_folder(tmp_path / "plain", 1, None)
+    task = open_folder(tmp_path / "plain", 1, None, allow_outside=True)
     assert {task.item(i).expected for i in range(2)} == {"x", "B"}
     held = {"video": [{"bytes": clip.read_bytes(), "path": None}], "question": ["q"], "answer": ["x"]}
     features = datasets.Features(
@@ -217,7 +219,7 @@ def test_one_folder_has_one_writer(tmp_path: Path) -> None:
 def test_a_beginning_without_results_does_not_bind(tmp_path: Path) -> None:
     folder = tmp_path / "o"
     folder.mkdir()
-    (folder / "settings.json.part").write_text("{")
+    (folder / ".abc.part").write_text("{")
     (folder / "results.jsonl").touch()
     Store.create_or_resume(folder, SETTINGS).close()
     store = Store.create_or_resume(folder, {**SETTINGS, "seed": 2})

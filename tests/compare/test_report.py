@@ -144,7 +144,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_is_one_file_and_text_stays_text(store: Store) -> None:
-    written = write_report(store, summarise(store, arms_of(store)))
+    written = write_report(store, summarise(store, arms_of(store)), store.folder)
     assert [path.name for path in written[:3]] == ["summary.json", "report.html", "report.md"]
     try:
         from pyarrow import parquet
@@ -171,7 +171,7 @@ def test_the_page_in_a_browser(store: Store, tmp_path: Path) -> None:
     browser = find_browser()
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    file = write_report(store, summarise(store, arms_of(store)))[1]
+    file = write_report(store, summarise(store, arms_of(store)), store.folder)[1]
     with Page(browser, file.as_uri()) as page:
         assert page.evaluate("document.querySelectorAll('#arms input').length") == 5
         plots = "[...document.querySelectorAll('.plots figure:not([hidden])')].filter((f) => f.querySelector('svg'))"

@@ -72,6 +72,9 @@ def compare_command(
     questions: Annotated[
         Path | None, typer.Option(help="Questions file (JSONL) of a folder of videos. Default: its questions.jsonl.")
     ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Questions may name videos outside of their folder.")
+    ] = False,
     max_frames: Annotated[int | None, typer.Option(min=1, max=100_000, help="Frames of a video file, at most.")] = None,
     fps: Annotated[
         float | None, typer.Option(min=0.001, max=1e6, help="Frames per second to sample from video files.")
@@ -113,6 +116,7 @@ def compare_command(
     """
     from tokenreduce.cli._output import print_prose
     from tokenreduce.compare.report import MARKDOWN, PAGE, SUMMARY
+    from tokenreduce.errors import TokenReduceError
 
     if report_only:
         from tokenreduce.compare.run import report_only as write
@@ -121,7 +125,7 @@ def compare_command(
     else:
         needle = {
             "kind": kind, "frames": tuple(frames or [16]), "positions": positions, "size": size, "placement": placement,
-            "clips": tuple(clip or ()), "resolution": resolution, "grid": grid,
+            "clips": tuple(clip or ()), "resolution": resolution, "grid": grid, "allow_outside": allow_outside,
         }  # fmt: skip
         settings = _settings(
             task,
@@ -139,7 +143,10 @@ def compare_command(
         )
         summary = _run(settings, output, pictures, ray, gpus_per_worker)
     _print(summary)
-    print_prose(f"wrote {output / PAGE}, {output / MARKDOWN}, {output / SUMMARY}")
+    folder = Path(summary["report"])
+    print_prose(f"wrote {folder / PAGE}, {folder / MARKDOWN}, {folder / SUMMARY}")
+    if folder != output:
+        raise TokenReduceError(f"{output} cannot be written; the report is in {folder} instead")
 
 
 def _settings(
@@ -184,7 +191,11 @@ def _run(settings: Settings, output: Path, pictures: int, ray: str | None, gpus_
 
     with progress("compare") as state:
 
+        def say(line: str) -> None:
+            state.doing = line
+
         def tell(done: int, asked: int) -> None:
+            state.doing = ""
             if not (state.total or voice.quiet):  # When nothing was refused, and before the first example.
                 voice.say(forewarning(settings.examples, len(settings.arms) - 1))
             state.reach(done, asked, "examples")
@@ -196,6 +207,7 @@ def _run(settings: Settings, output: Path, pictures: int, ray: str | None, gpus_
             ray=ray,
             gpus_per_worker=gpus_per_worker,
             tell=tell,
+            say=say,
         )
 
 

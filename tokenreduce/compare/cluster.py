@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,9 +14,11 @@ import torch
 from tokenreduce.compare.settings import Settings
 from tokenreduce.compare.store import Unit
 from tokenreduce.compare.worker import Done, Worker
-from tokenreduce.errors import TokenReduceError
+from tokenreduce.errors import TokenReduceError, plain
 
 LOCAL = "local"
+REACHED_WITHIN = 5.0
+"""Seconds in which a cluster must answer."""
 ATTEMPTS = 3
 """Workers that may die over one example before the comparison gives up."""
 
@@ -35,9 +38,10 @@ def run_on_ray(
     ray = _ray()
     ours = not ray.is_initialized()
     if ours:
+        _refuse_unreachable(address)
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False if address == LOCAL else None)
-        except (ConnectionError, ValueError, OSError) as error:
+        except (ConnectionError, ValueError, OSError, RuntimeError) as error:
             raise TokenReduceError(
                 f"--ray {address}: no cluster there ({' '.join(str(error).split())[:200]})"
             ) from None
@@ -110,6 +114,21 @@ class _Actor:
     def run(self, unit: Unit) -> Done:
         """See `Worker`."""
         return self.worker.run(unit)
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ask within seconds what Ray would wait for over a minute. TokenReduceError where nobody listens at host:port."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in (LOCAL, "auto"):
+        return
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise TokenReduceError(f"--ray {plain(address)[:80]}: expected `{LOCAL}`, `auto` or host:port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED_WITHIN).close()
+    except (OSError, UnicodeError) as error:
+        raise TokenReduceError(
+            f"--ray {plain(address)[:80]}: no cluster there ({getattr(error, 'strerror', None) or error})"
+        ) from None
 
 
 def _ray() -> Any:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
+import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
+from tokenreduce.compare.identity import content_hash
 from tokenreduce.compare.tasks import Item, Task, normal, prompt_with_options
-from tokenreduce.errors import MediaError, TokenReduceError
+from tokenreduce.config.json_source import exists, expanded, parse_json, read_text, shown, validated
+from tokenreduce.errors import MediaError, TokenReduceError, one_line
 
 QUESTIONS = "questions.jsonl"
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
+QUESTION_BYTES = 256 * 2**20
+"""Of a questions file, at most."""
+_BLOB = re.compile(r"/(datasets|models|spaces)--[^/]+/blobs/[0-9a-f]+$")
+"""Where the links in a hub's cache lead."""
 REQUIRED = ("video", "question", "answer")
 MOST_OPTIONS = 26
 
@@ -49,7 +58,9 @@ class Questions(Task):
     seed: int
     """Of the shuffle."""
     digest: str
-    """SHA-256 of the questions and of the videos' names and sizes."""
+    """SHA-256 of the questions."""
+    videos: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each video's content, by its name in the questions."""
     unpacked: object = None
     """Temporary folder of a data set's videos, which must live as long as the task."""
 
@@ -68,74 +79,98 @@ class Questions(Task):
         return Item(asked.place, asked.video, ((text, asked.answer),), expected, asked.options)
 
     def settings(self) -> dict[str, Any]:
-        return {"task": self.name, "questions": len(self.asked), "sha256": self.digest}
+        return {"task": self.name, "questions": len(self.asked), "sha256": self.digest, "videos": self.videos}
 
 
-def open_folder(folder: Path, seed: int, questions: Path | None) -> Task:
-    """The task in `folder`. Raises MediaError or TokenReduceError, naming file and line."""
-    if not folder.is_dir():
+class _Row(BaseModel):
+    """A line of a questions file, or a row of a data set."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    video: str = Field(pattern=r"\S")
+    question: str = Field(pattern=r"\S")
+    answer: str = Field(pattern=r"\S")
+    options: list[Annotated[str, Field(min_length=1)]] | None = None
+
+
+def open_folder(folder: Path, seed: int, questions: Path | None, allow_outside: bool = False) -> Task:
+    """The task in `folder`. Raises MediaError or TokenReduceError, naming file and line.
+
+    allow_outside: videos may lie outside of `folder`. Links of a hub's cache count as inside.
+    """
+    folder = expanded(folder, MediaError)
+    if not (exists(folder) and folder.is_dir()):
         raise MediaError(
-            f"{folder}: no such task; give `needle`, a folder of videos with {QUESTIONS}, or a data set saved to disk"
+            f"{shown(folder)}: no such task; give `needle`, a folder of videos with {QUESTIONS}, or a data set saved to disk"
         )
     if questions is None and any((folder / name).is_file() for name in DATASET_FILES):
-        return _dataset(folder, seed)
-    file = questions or folder / QUESTIONS
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise MediaError(
-            f"{file}: cannot be read ({error.strerror}); name the questions file with --questions"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise MediaError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return _dataset(folder, seed, allow_outside)
+    file = expanded(questions or folder / QUESTIONS, MediaError)
+    if not exists(file):
+        raise MediaError(f"{shown(file)}: cannot be read (No such file); name the questions file with --questions")
+    text = read_text(file, MediaError, QUESTION_BYTES)
     asked = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise MediaError(f"{place}: not valid JSON ({error})") from None
-        asked.append(_asked(row, place, folder))
+    for number, line in enumerate(text.split("\n"), start=1):  # U+2028 and the like are no ends of lines in JSONL.
+        if line.strip():
+            place = f"{shown(file)}:{number}"
+            asked.append(_asked(parse_json(line, place, MediaError), place, folder, allow_outside))
     return _questions(str(folder), asked, seed)
 
 
 def _questions(name: str, asked: list[Asked], seed: int) -> Questions:
     if not asked:
         raise MediaError(f"{name}: no questions in it")
-    text = json.dumps([[a.video.name, a.video.stat().st_size, a.question, a.answer, a.options] for a in asked])
-    return Questions(name, tuple(asked), seed, hashlib.sha256(text.encode()).hexdigest())
+    files = {a.video: f"sha256 {content_hash(a.video)}" for a in asked}
+    videos = {file.name if _alone(files, file) else str(file): digest for file, digest in files.items()}
+    text = json.dumps([[files[a.video], a.question, a.answer, a.options] for a in asked])
+    return Questions(name, tuple(asked), seed, hashlib.sha256(text.encode()).hexdigest(), videos)
 
 
-def _asked(row: Any, place: str, folder: Path) -> Asked:
+def _alone(files: Mapping[Path, str], file: Path) -> bool:
+    """Whether the name of `file` is that of no other."""
+    return sum(other.name == file.name for other in files) == 1
+
+
+def _asked(row: Any, place: str, folder: Path, allow_outside: bool) -> Asked:
     """One checked row."""
     if not isinstance(row, Mapping):
         raise MediaError(f"{place}: expected an object with {', '.join(REQUIRED)}, found {type(row).__name__}")
-    for name in REQUIRED:
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise MediaError(f"{place}: field '{name}': expected text, got {row.get(name)!r:.60}")
-    options = row.get("options")
-    options = [] if options is None else options
-    if not isinstance(options, list) or not all(isinstance(option, str) and option for option in options):
-        raise MediaError(f"{place}: field 'options': expected a list of texts, got {options!r:.60}")
+    given = validated(_Row, dict(row), place, MediaError)
+    options, answer = given.options or [], given.answer
     if len(options) == 1 or len(options) > MOST_OPTIONS or len(set(options)) < len(options):
-        raise MediaError(f"{place}: field 'options': expected 2 to {MOST_OPTIONS} different texts, got {options!r:.60}")
-    answer = row["answer"]
+        raise MediaError(f"{place}: options: expected 2 to {MOST_OPTIONS} different texts, got {options!r:.60}")
     letter = answer.strip().upper()
     if options and answer not in options and len(letter) == 1 and 0 <= ord(letter) - ord("A") < len(options):
         answer = options[ord(letter) - ord("A")]
     if options and answer not in options:
-        raise MediaError(f"{place}: field 'answer': {answer!r:.60} is neither one of the options nor the letter of one")
+        raise MediaError(f"{place}: answer: {answer!r:.60} is neither one of the options nor the letter of one")
     if not options and not normal(answer):
-        raise MediaError(f"{place}: field 'answer': no word to look for in {answer!r:.60}")
-    video = folder / row["video"]
-    if not video.is_file():
-        raise MediaError(f"{place}: field 'video': no such file {video}")
-    return Asked(place, video, row["question"], answer, tuple(options))
+        raise MediaError(f"{place}: answer: no word to look for in {answer!r:.60}")
+    return Asked(place, _video(folder, given.video, place, allow_outside), given.question, answer, tuple(options))
 
 
-def _dataset(folder: Path, seed: int) -> Task:
+def _video(folder: Path, name: str, place: str, allow_outside: bool) -> Path:
+    """The file that a row names. MediaError where there is none, or where it is outside of `folder` and may not be."""
+    video = folder / name
+    try:
+        found = video.resolve(strict=True)
+        regular = found.is_file()
+    except (OSError, ValueError, RuntimeError):
+        raise MediaError(f"{place}: video: no such file {shown(video)}") from None
+    if not regular:
+        raise MediaError(f"{place}: video: {shown(video)} is not a regular file")
+    inside = Path(os.path.normpath(video)).is_relative_to(os.path.normpath(folder))
+    if not allow_outside and not (
+        inside and (found.is_relative_to(folder.resolve()) or _BLOB.search(found.as_posix()))
+    ):
+        raise MediaError(
+            f"{place}: video: {shown(name)} leads out of {shown(folder)}, to {shown(found)}; "
+            "give --allow-outside if you trust the questions file"
+        )
+    return video
+
+
+def _dataset(folder: Path, seed: int, allow_outside: bool) -> Task:
     """A data set with the columns video, question, answer and, if it likes, options. Nothing is fetched or executed."""
     try:
         datasets = importlib.import_module("datasets")
@@ -145,8 +180,8 @@ def _dataset(folder: Path, seed: int) -> Task:
         ) from None
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise MediaError(f"{folder}: the data set cannot be read ({' '.join(str(error).split())[:200]})") from None
+    except Exception as error:  # of several libraries
+        raise MediaError(f"{folder}: the data set cannot be read ({one_line(error, 200)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         splits = ", ".join(loaded)
         raise MediaError(f"{folder}: holds several splits; give the folder of one of them ({splits})")
@@ -162,9 +197,11 @@ def _dataset(folder: Path, seed: int) -> Task:
     for number, row in enumerate(loaded):
         place = f"{folder}[{number}]"
         video = row["video"]
+        own = False
         if isinstance(video, Mapping):
+            own = bool(video.get("bytes"))
             row = {**row, "video": _file(video, Path(unpacked.name), number, place)}
-        asked.append(_asked(row, place, folder))
+        asked.append(_asked(row, place, folder, allow_outside or own))
     return replace(_questions(str(folder), asked, seed), unpacked=unpacked)
 
 

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenreduce.compare.identity import content_hash
 from tokenreduce.compare.tasks import Item, Task
 from tokenreduce.errors import MediaError, TokenReduceError
+from tokenreduce.testbed.clips import clip_paths
 from tokenreduce.testbed.needle import NeedleSpec, NeedleTask
 
 NEEDLE = "needle"
@@ -59,7 +61,8 @@ class Needles(Task):
 
     def settings(self) -> dict[str, Any]:
         spec = {name: value for name, value in vars(self.spec).items() if name not in ("frames", "position")}
-        clips = [str(clip) for clip in self.spec.clips] if isinstance(self.spec.clips, tuple) else self.spec.clips
+        named = self.spec.clips if isinstance(self.spec.clips, tuple) else clip_paths(self.spec.clips)
+        clips = {str(clip): f"sha256 {content_hash(Path(clip))}" for clip in named}
         return {"task": NEEDLE, **spec, "clips": clips, "frames": [*self.frames], "positions": [*self.positions]}
 
 

@@ -7,6 +7,9 @@ import hashlib
 import importlib
 import json
 import re
+import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.compare.answer import answer
-from tokenreduce.compare.store import Store, write_file
+from tokenreduce.compare.store import Store, writing
 from tokenreduce.compare.tables import (
     Table,
     checks_table,
@@ -24,14 +27,41 @@ from tokenreduce.compare.tables import (
     main_table,
     power_table,
 )
+from tokenreduce.config.json_source import shown
+from tokenreduce.config.outputs import replacing, unwritable, write_file
+from tokenreduce.errors import TokenReduceError
 
 TEMPLATES = Path(__file__).with_name("templates")
 SUMMARY, PAGE, MARKDOWN, PARQUET = "summary.json", "report.html", "report.md", "results.parquet"
 
 
-def write_report(store: Store, summary: Mapping[str, Any]) -> list[Path]:
-    """Write all of them into the folder of `store`; returns their paths."""
-    folder = store.folder
+def save_report(store: Store, summary: Mapping[str, Any]) -> Path:
+    """Write the report into the folder of `store`, in the turn of whoever else does; returns the folder that it is in.
+
+    Where that cannot be written, a temporary folder takes it, with a warning that names both.
+    """
+    try:
+        with writing(store.folder):
+            write_report(store, summary, store.folder)
+        return store.folder
+    except (OSError, TokenReduceError) as error:
+        reason = unwritable(store.folder, error) if isinstance(error, OSError) else error
+    if not isinstance(reason.__cause__, OSError) and not str(reason).startswith(
+        f"{shown(store.folder)} cannot be written"
+    ):
+        raise reason  # What is stored is damaged, and would be elsewhere too.
+    elsewhere = Path(tempfile.mkdtemp(prefix="tokenreduce-report-"))
+    try:
+        write_report(store, summary, elsewhere)
+    except OSError:
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        raise reason from None
+    warnings.warn(f"{reason}; the report is in {elsewhere} instead", stacklevel=2)
+    return elsewhere
+
+
+def write_report(store: Store, summary: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write all of them into `folder`; returns their paths. OSErrors pass."""
     write_file(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     write_file(folder / MARKDOWN, markdown(summary))
     write_file(folder / PAGE, page(summary, store.pictures()))
@@ -87,6 +117,8 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
     asked, finished = summary["examples"]["asked"], summary["examples"]["finished"]
     count = f"{finished} examples." if summary["complete"] else f"UNFINISHED: {finished} of {asked} examples."
     task = {name: value for name, value in summary["task"].items() if value not in (None, [None])}
+    made_by = ", ".join(f"{name} {version}" for name, version in (summary.get("environment") or {}).items())
+    from_code = "; ".join(f"{name} {version}" for name, version in (summary.get("code") or {}).items())
     models = ", ".join(f"{name} ({what[:19]})" if what != name else name for name, what in summary["models"].items())
     return [
         count,
@@ -94,6 +126,7 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
         f"Task: {', '.join(f'{name} {_plain(value)}' for name, value in task.items())}; seed {summary['seed']}.",
         f"Differences are against {summary['baseline']}; p-values are McNemar's exact test with Holm's correction: "
         "*** p < 0.001, ** p < 0.01, * p < 0.05. Intervals are 95 %: Wilson's for shares, Tango's for paired differences.",
+        f"Computed by {made_by or 'versions that were not recorded'}. Code: {from_code or 'not recorded'}.",
         f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by tokenreduce {summary['tokenreduce']}.",
     ]
 
@@ -140,6 +173,8 @@ def _template(name: str) -> str:
 
 def _plain(value: Any) -> str:
     """A setting in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{Path(name).name} ({_plain(item)[:19]})" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
     return "any" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -151,9 +186,8 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
         return False
-    part = path.with_name(f"{path.name}.part")
     # A Parquet struct needs a field, and tasks without conditions have an empty cell.
     plain = [{**row, "cell": json.dumps(row["cell"])} for row in rows]
-    parquet.write_table(pyarrow.Table.from_pylist(plain), part)
-    part.replace(path)
+    with replacing(path) as part:
+        parquet.write_table(pyarrow.Table.from_pylist(plain), part)
     return True

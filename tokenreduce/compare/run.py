@@ -10,7 +10,8 @@ from typing import Any
 from tokenreduce.compare.arms import Arm
 from tokenreduce.compare.checks import FIRED_WITHIN, check_fired
 from tokenreduce.compare.cluster import run_on_ray
-from tokenreduce.compare.report import write_report
+from tokenreduce.compare.identity import Say
+from tokenreduce.compare.report import save_report
 from tokenreduce.compare.settings import Settings
 from tokenreduce.compare.store import Store, Unit
 from tokenreduce.compare.summary import summarise
@@ -32,18 +33,21 @@ def compare(
     ray: str | None = None,
     gpus_per_worker: int = 1,
     tell: Tell = lambda done, asked: None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Run what `folder` does not hold yet, write the report, and return the summary.
 
     pictures: examples whose kept patches are drawn. ray: address of a Ray cluster to run on, `local` to start one.
     gpus_per_worker: that each worker on a cluster with GPUs reserves. tell: called with (units finished, units in all).
+    say: told in a line of long work before it.
     A comparison that is broken off leaves a folder that `compare` goes on with.
     Raises TokenReduceError where settings, data or an honesty check do not hold; NotFiredError after the report is written,
     where an arm reduced nothing.
     """
     task = settings.open_task()
-    store = Store.create_or_resume(folder, settings.to_dict(task))
+    store = Store.create_or_resume(folder, settings.to_dict(task, say))
     try:
+        store.check_rows()
         units = store.missing(settings.examples)
         total, last = len(units) + len(store.finished), time.monotonic()
         tell(len(store.finished), total)
@@ -58,12 +62,12 @@ def compare(
                 if sum(model == done.unit[0] for model, _ in store.finished) == FIRED_WITHIN:
                     check_fired(settings.arms, store.rows, finished=False)
                 if time.monotonic() - last > REPORT_EVERY:
-                    write_report(store, summarise(store, settings.arms))
+                    save_report(store, summarise(store, settings.arms))
                     last = time.monotonic()
         finally:
             if store.rows:
                 summary = summarise(store, settings.arms)
-                write_report(store, summary)
+                summary["report"] = str(save_report(store, summary))
         check_fired(settings.arms, store.rows, finished=True)
         return summary
     finally:
@@ -84,11 +88,12 @@ def _results(
 
 
 def report_only(folder: Path) -> dict[str, Any]:
-    """Write the report of what `folder` holds, finished or not, without running anything; returns the summary."""
+    """Write the report of what `folder` holds, finished or not, without running anything; returns the summary, and under `report`
+    the folder that it is in."""
     store = Store.read(folder)
+    store.check_rows()
     summary = summarise(store, [stored_arm(arm) for arm in store.settings["arms"]])
-    write_report(store, summary)
-    return summary
+    return {**summary, "report": str(save_report(store, summary))}
 
 
 def stored_arm(arm: dict[str, Any]) -> Arm:

@@ -11,14 +11,15 @@ from typing import Any
 from tokenreduce import __version__
 from tokenreduce.compare.arms import Arm
 from tokenreduce.compare.files import open_folder
+from tokenreduce.compare.identity import Say, code, combined, environment, model_files
 from tokenreduce.compare.measure import Bench, Sampling
 from tokenreduce.compare.needles import NEEDLE, needles
 from tokenreduce.compare.tasks import Task
 from tokenreduce.errors import TokenReduceError
 from tokenreduce.testbed.embedded import EMBEDDED, WEIGHTS
 
-HASHED = 64 * 2**20
-"""Weights up to so many bytes are known by their content, larger ones by the names and sizes of their files."""
+MOST_EXAMPLES = 1_000_000
+"""A report reads all rows at once."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
+        if not 1 <= self.examples <= MOST_EXAMPLES:
+            raise TokenReduceError(f"examples must be 1 to {MOST_EXAMPLES:,}, got {self.examples}")
         if self.baseline not in names:
             raise TokenReduceError(f"baseline {self.baseline} is none of the arms: {', '.join(names)}")
 
@@ -66,10 +69,14 @@ class Settings:
         arms = [arm for arm in self.arms if arm.model == model]
         return Bench(model, arms, self.new_tokens or task.new_tokens, task.frame_times, self.sampling, self.loading)
 
-    def to_dict(self, task: Task) -> dict[str, Any]:
-        """Plain data; two comparisons whose data are equal may share a folder."""
+    def to_dict(self, task: Task, say: Say = lambda line: None) -> dict[str, Any]:
+        """Plain data; two comparisons whose data are equal may share a folder. say: told of long work."""
+        files = {model: model_files(model, say) for model in self.models}
         return {
             "tokenreduce": __version__,
+            "code": code(arm.pipeline for arm in self.arms if arm.pipeline is not None),
+            "environment": environment(self.loading.get("device")),
+            "files": files,
             "task": task.settings(),
             "seed": self.seed,
             "examples": self.examples,
@@ -77,7 +84,7 @@ class Settings:
             "new_tokens": self.new_tokens or task.new_tokens,
             "sampling": vars(self.sampling),
             "loading": {name: str(value) for name, value in self.loading.items()},
-            "models": {model: fingerprint(model) for model in self.models},
+            "models": {model: combined(files[model]) if files[model] else "random weights" for model in self.models},
             "arms": [arm.settings() for arm in self.arms],
         }
 
@@ -85,26 +92,25 @@ class Settings:
 def open_task(name: str, seed: int, **options: Any) -> Task:
     """`needle`, a folder of videos with a questions file, or a data set saved by the `datasets` library.
 
-    options: of `needles`, plus `questions`: path of a questions file.
+    options: of `needles`, plus `questions`: path of a questions file, and `allow_outside`, see `open_folder`.
     """
-    questions = options.pop("questions", None)
+    questions, outside = options.pop("questions", None), options.pop("allow_outside", False)
     if name == NEEDLE:
         return needles(seed=seed, **options)
-    return open_folder(Path(name), seed, None if questions is None else Path(questions))
+    return open_folder(Path(name), seed, None if questions is None else Path(questions), outside)
 
 
 def fingerprint(model: str) -> str:
-    """Something that changes with the weights of a model in a folder; the name of one on the hub."""
+    """The hash of the weights of a model in a folder; the name of one on the hub."""
     folder = WEIGHTS if model == EMBEDDED else Path(model)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return "random weights" if model == EMBEDDED else model
     digest = hashlib.sha256()
-    if sum(file.stat().st_size for file in files) > HASHED:
-        digest.update(repr([(file.name, file.stat().st_size) for file in files]).encode())
-        return f"files {digest.hexdigest()}"
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
     return f"sha256 {digest.hexdigest()}"
 
 

@@ -11,15 +11,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import RootModel
+
+from tokenreduce.compare.identity import difference
+from tokenreduce.compare.stored import ReportedSettings, StoredCheck, StoredPicture, StoredRow, StoredSettings
+from tokenreduce.config.json_source import exists, parse_json, read_bytes, read_json, shown, validated
+from tokenreduce.config.outputs import PART, unwritable, write_file
 from tokenreduce.errors import TokenReduceError
 
 Row = dict[str, Any]
 Unit = tuple[str, int]
 """A model and the index of an example: what is run, written and resumed as one."""
+RESULT_BYTES = 8 * 2**30
+"""Of results.jsonl, at most."""
 SETTINGS, RESULTS, CHECKS, PICTURES = "settings.json", "results.jsonl", "checks.json", "pictures"
 
 
@@ -53,11 +62,16 @@ class Store:
             raise TokenReduceError(f"{folder} cannot be written: {error.strerror}") from None
         try:
             _lock(file, folder)
+            with writing(folder):
+                for part in folder.glob(f".*{PART}"):  # What kills left; nobody else writes here now.
+                    part.unlink()
             # A comparison that failed before its first result holds nothing that other settings could spoil.
             if held.is_file() and results.stat().st_size:
-                _refuse_other(folder, _read_json(held), settings)
+                there = _read_json(held)
+                validated(StoredSettings, there, shown(held), TokenReduceError)
+                _refuse_other(folder, there, settings)
             else:
-                write_file(held, json.dumps(settings, indent=1) + "\n")
+                _write(held, json.dumps(settings, indent=1) + "\n")
             store = cls(folder, settings, file)
         except BaseException:
             os.close(file)
@@ -70,7 +84,18 @@ class Store:
         """A folder as it is, for a report of it."""
         if not (folder / SETTINGS).is_file():
             raise TokenReduceError(f"{folder} holds no comparison ({SETTINGS} is missing)")
-        return cls(folder, _read_json(folder / SETTINGS), None)
+        settings = _read_json(folder / SETTINGS)
+        validated(ReportedSettings, settings, shown(folder / SETTINGS), TokenReduceError)
+        return cls(folder, settings, None)
+
+    def check_rows(self) -> None:
+        """TokenReduceError for a row that a report cannot read."""
+        depth: dict[str, int] = {}
+        for number, row in enumerate(self.rows, start=1):
+            place = f"{shown(self.folder / RESULTS)}:{number}"
+            validated(StoredRow, row, place, TokenReduceError)
+            if {len(row["tokens"]), len(row["layer_flops"])} != {depth.setdefault(row["arm"], len(row["tokens"]))}:
+                raise TokenReduceError(f"{place}: damaged: not as many layers as in other rows of {row['arm']}")
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add the rows of one unit, one for each of its model's arms; they are on disk on return."""
@@ -79,9 +104,18 @@ class Store:
         if {row["arm"] for row in rows} != self._arms[unit[0]] or len(rows) != len(self._arms[unit[0]]):
             raise ValueError(f"example {unit} needs one row for each of {sorted(self._arms[unit[0]])}")
         data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._good)
+            raise TokenReduceError(
+                f"{shown(self.folder / RESULTS)} cannot be written: {error.strerror or error}; all {len(self.finished)} examples "
+                "finished before are safe: make room, and the same command goes on with them"
+            ) from None
+        self._good = os.fstat(self._file).st_size
         self.rows += rows
         self.finished.add(unit)
 
@@ -94,23 +128,32 @@ class Store:
         """Note the checks of one model."""
         file = self.folder / CHECKS
         held = _read_json(file) if file.is_file() else {}
-        write_file(file, json.dumps({**held, model: list(checks)}, indent=1) + "\n")
+        _write(file, json.dumps({**held, model: list(checks)}, indent=1) + "\n")
 
     def checks(self) -> list[dict[str, Any]]:
         """The checks of all models."""
         file = self.folder / CHECKS
-        return [check for found in _read_json(file).values() for check in found] if file.is_file() else []
+        if not file.is_file():
+            return []
+        held = validated(RootModel[dict[str, list[StoredCheck]]], _read_json(file), shown(file), TokenReduceError)
+        return [check.model_dump() for found in held.root.values() for check in found]
 
     def save_picture(self, picture: Mapping[str, Any]) -> None:
         """Keep the pictures of one example; see `tokenreduce.compare.patches`."""
         folder = self.folder / PICTURES
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir()
         place = list(self._arms).index(picture["model"])
-        write_file(folder / f"{place}-{picture['index']:06d}.json", json.dumps(picture))
+        _write(folder / f"{place}-{picture['index']:06d}.json", json.dumps(picture))
 
     def pictures(self) -> list[dict[str, Any]]:
         """All of them, in order."""
-        return [_read_json(file) for file in sorted((self.folder / PICTURES).glob("*.json"))]
+        found = []
+        for file in sorted((self.folder / PICTURES).glob("*.json")):
+            picture = _read_json(file)
+            validated(StoredPicture, picture, shown(file), TokenReduceError)
+            found.append(picture)
+        return found
 
     def close(self) -> None:
         """Give the folder free."""
@@ -119,24 +162,36 @@ class Store:
             self._file = None
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it finds the old one or the new one, whole."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """The turn to write a report into `folder`: a comparison and others that report on it wait for each other."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        with suppress(OSError):  # Where a file system has no locks, every file is still whole.
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_file(path, text)
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def _read_rows(path: Path, arms: Mapping[str, set[str]]) -> tuple[list[Row], int]:
     """Rows of all whole units, and the bytes they take. What a kill left of the last unit is passed over."""
-    data = path.read_bytes() if path.is_file() else b""
+    data = read_bytes(path, TokenReduceError, RESULT_BYTES) if exists(path) else b""
     rows: list[Row] = []
     good = place = 0
     pending: list[Row] = []
     seen: set[Unit] = set()
-    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+    for number, line in enumerate(_lines(data), start=1):
         row = _parse(line, path, number, last=place + len(line) == len(data))
         if row is None:
             break
@@ -153,13 +208,20 @@ def _read_rows(path: Path, arms: Mapping[str, set[str]]) -> tuple[list[Row], int
     return rows, good
 
 
+def _lines(data: bytes) -> list[bytes]:
+    """Lines with their ends; of the last one the end may be missing."""
+    whole = data.split(b"\n")
+    return [line + b"\n" for line in whole[:-1]] + [line for line in whole[-1:] if line]
+
+
 def _parse(line: bytes, path: Path, number: int, last: bool) -> Row | None:
     """The row of a line; None for a last line that was cut off."""
     try:
-        row = json.loads(line)
-        if line.endswith(b"\n") and isinstance(row, dict) and {"model", "index", "arm"} <= row.keys():
-            return row
-    except ValueError:
+        row = parse_json(line, f"{shown(path)}:{number}", TokenReduceError)
+        named = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("model", "arm"))
+        if line.endswith(b"\n") and named and isinstance(row.get("index"), int):
+            return row  # type: ignore[no-any-return]
+    except TokenReduceError:
         pass
     if last:
         return None
@@ -183,17 +245,26 @@ def _lock(file: int, folder: Path) -> None:
 
 def _refuse_other(folder: Path, held: Any, asked: Mapping[str, Any]) -> None:
     """TokenReduceError naming what differs between two settings."""
-    for name in {**asked, **held}:
-        if held.get(name) != asked.get(name):
-            there, here = (_brief(settings.get(name)) for settings in (held, asked))
-            if name == "arms":
-                there, here = (", ".join(arm["name"] for arm in settings.get(name, ())) for settings in (held, asked))
-                if there == here:
-                    there, here = "other pipelines", "the same names"
-            raise TokenReduceError(
-                f"{folder} holds a comparison with other settings: {name} is {there} there and {here} here; "
-                "give another --output, or the same settings to go on with it"
-            )
+    found = difference(held, {**asked})
+    if found is None:
+        return
+    name, there, here = found
+    if name == "arms":
+        names = [", ".join(arm["name"] for arm in settings["arms"]) for settings in (held, asked)]
+        there, here = names if names[0] != names[1] else ("other pipelines", "the same names")
+    else:
+        there, here = _brief(there), _brief(here)
+    kind = name.partition(" ")[0]
+    remedy = {
+        "files": "put the file back to go on with it",
+        "task": "put the data back, or ask the same, to go on with it",
+        "code": "install that version of the code to go on with it",
+        "environment": "go on with it where it was begun",
+    }.get(kind, "the same settings to go on with it")
+    raise TokenReduceError(
+        f"{shown(folder)} holds a comparison with other settings: {name} is {there} there and {here} here; "
+        f"give another --output, or {remedy}"
+    )
 
 
 def _brief(value: Any) -> str:
@@ -203,6 +274,6 @@ def _brief(value: Any) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenReduceError(f"{path}: cannot be read ({error}); give another --output") from None
+        return read_json(path, TokenReduceError)
+    except TokenReduceError as error:
+        raise TokenReduceError(f"{error}; give another --output") from None

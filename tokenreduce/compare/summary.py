@@ -70,6 +70,7 @@ def summarise(store: Store, arms: Sequence[Arm]) -> dict[str, Any]:
     return {
         "ran_on": sorted({row["ran_on"] for row in store.rows if "ran_on" in row}),
         **{name: settings[name] for name in ("tokenreduce", "task", "seed", "baseline", "models", "new_tokens")},
+        **{name: settings.get(name) for name in ("code", "environment", "files")},
         "examples": {"asked": asked, "finished": finished},
         "complete": finished >= asked,
         "arms": entries,

@@ -85,6 +85,20 @@ def load_model(
     return _load_with_transformers(str(path if path.is_dir() else path_or_id), options).eval()
 
 
+def checkpoint_folder(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint: itself, or where the hub client keeps the files of a hub name, fetched if need be."""
+    path = expanded(path_or_id, CheckpointError)
+    if path.is_dir():
+        return path
+    file = _config_file(path, str(path_or_id))  # Says what is wrong with other names.
+    try:
+        return _download(str(path_or_id))
+    except Exception as error:  # the hub client raises errors of several libraries
+        if any(file.parent.glob("*.safetensors")):
+            return file.parent
+        raise CheckpointError(f"{shown(path_or_id)}: its files cannot be fetched ({message_of(error)})") from None
+
+
 def _config_file(path: Path, name: str) -> Path:
     """config.json of a folder, or of a hub name."""
     if path.is_dir():
