@@ -26,6 +26,7 @@ class Held:
                 "arm": arm, "index": i, "right": ok, "agrees": None, "relative_tokens": flops[arm], "relative_flops": flops[arm],
                 "flops": 1, "selector_flops": 0, "kv_bytes": 1, "input_tokens": 1, "new_tokens": 1, "tokens": [1],
                 "layer_flops": [1], "seconds": PLAIN, "cell": {}, "said": "a" if ok else "b", "expected": "a", "chance": None,
+                "id": str(i), "question": f"q{i}", "reply": "b",
             }
             for arm, answers in right.items()
             for i, ok in enumerate(answers)
@@ -33,6 +34,9 @@ class Held:
 
     def checks(self) -> list[dict[str, Any]]:
         return []
+
+    def pictures(self) -> list[dict[str, Any]]:
+        return [{"index": 499}]
 
 
 def said(right: dict[str, list[bool]], flops: dict[str, float]) -> str:
@@ -57,6 +61,15 @@ def test_the_cheapest_arm_that_keeps_the_accuracy_is_named() -> None:
     assert "Not to be told apart by accuracy here: dear and cheap." in text
     assert "This task separates 3 of 6 pairs" in text
     assert "To settle" not in text
+
+
+def test_questions_that_an_arm_lost_are_listed_those_with_a_picture_first() -> None:
+    summary = summarise(
+        Held({"dense": rights(500, 500), "bad": rights(100, 500)}, COSTS),
+        [Arm(n, n, "m", None) for n in ("dense", "bad")],
+    )  # type: ignore[arg-type]
+    lost = summary["arms"][1]["lost"]
+    assert [(one["index"], one["drawn"]) for one in lost] == [(499, True), *((i, False) for i in range(100, 111))]
 
 
 def test_other_numbers_give_another_answer() -> None:

@@ -158,7 +158,7 @@ def test_the_page_is_one_file_and_text_stays_text(store: Store) -> None:
     for tag, attributes in parser.seen:
         assert not [name for name in attributes if name.startswith("on")], tag
         assert attributes.get("src", "data:").startswith("data:"), tag  # type: ignore[union-attr]
-        assert "href" not in attributes
+        assert (attributes.get("href") or "#").startswith("#"), tag
     images = [attributes for tag, attributes in parser.seen if tag == "img"]
     assert len(images) == 6
     assert all(attributes["alt"] for attributes in images)
@@ -177,6 +177,8 @@ def test_the_page_in_a_browser(store: Store, tmp_path: Path) -> None:
         plots = "[...document.querySelectorAll('.plots figure:not([hidden])')].filter((f) => f.querySelector('svg'))"
         assert page.evaluate(f"{plots}.map((f) => f.id)") == [
             "flops",
+            "speed",
+            "space",
             "budget",
             "agreement",
             "layers",
@@ -212,11 +214,38 @@ def test_the_page_in_a_browser(store: Store, tmp_path: Path) -> None:
             "[...document.querySelectorAll('.hit')].every((e) => e.ariaLabel && e.getAttribute('role') === 'img')"
         )
         assert page.evaluate("[...document.querySelectorAll('table')].every((t) => t.querySelector('th[scope=col]'))")
+        # A head sorts its table, numbers as numbers, and again the other way; a table comes out as CSV.
+        first = "document.querySelector('main table tbody th').textContent"
+        head = (
+            "[...document.querySelectorAll('main table')[0].tHead.rows[0].cells].find((c) => c.textContent === 'FLOPs')"
+        )
+        page.evaluate(f"{head}.querySelector('button').click()")
+        assert page.evaluate(f"{head}.getAttribute('aria-sort')") == "ascending"
+        assert page.evaluate(first) in ("framefusion@0.3", "random@0.3")
+        page.evaluate(f"{head}.querySelector('button').click()")
+        assert page.evaluate(first) == "dense"
+        page.evaluate(
+            "window.saved = []; URL.createObjectURL = (blob) => { blob.text().then((t) => saved.push(t)); return '#'; }"
+        )
+        page.evaluate("document.querySelector('button.csv').click()")
+        page.evaluate("new Promise((done) => setTimeout(done, 100))")
+        lines = page.evaluate("saved[0]").splitlines()
+        assert lines[0].startswith('"arm","budget","accuracy"')
+        assert len(lines) == 6
+        # The first thing that the keyboard reaches leads past the chooser; what was lost leads to its picture.
+        assert page.evaluate("document.querySelector('a').getAttribute('href')") == "#main"
+        links = "[...document.querySelectorAll('.lost a')].every((a) => document.querySelector(a.getAttribute('href')))"
+        assert page.evaluate(links)
+        assert page.evaluate("document.querySelectorAll('.lost li').length") > 12
         wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
         assert page.evaluate(wide)
         page.screenshot(tmp_path / "report.png")
         page.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
         assert page.evaluate(wide)
+        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        dark = "getComputedStyle(document.body).backgroundColor"
+        assert page.evaluate(dark) == "rgb(20, 24, 29)"
+        page.screenshot(tmp_path / "dark.png")
         # The hostile question is there to read and has done nothing.
         assert page.evaluate("document.body.textContent.includes('<img src=x onerror=alert(1)>')")
         assert page.evaluate("document.querySelectorAll('img[src=x], svg[onload]').length") == 0

@@ -95,6 +95,8 @@ def page(summary: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> s
         "layers": layers_table(summary["arms"]).html("arm"),
         "grid": grid_table(summary["arms"]).html("arm"),
         "pictures": "\n".join(_figure(picture) for picture in pictures) or "<p>No pictures were kept.</p>",
+        "lost": lost(summary),
+        "margin": f"{summary['margin']:.0%}",
         "style": _template("report.css"),
         "script": script,
         # The page's policy lets this one script run and nothing else.
@@ -161,10 +163,34 @@ def _figure(picture: Mapping[str, Any]) -> str:
             f'<div class="strip" data-arm="{name}"><div class="caption">{caption}</div>'
             f'<img alt="{escape(spoken)}" src="data:image/png;base64,{strip["png"]}"></div>'
         )
-    return (
-        f'<figure class="example"><figcaption>Example {escape(str(picture["id"]))}: {escape(picture["question"])} '
-        f"<i>(expected: {escape(picture['expected'])}; frames {frames})</i></figcaption>{''.join(strips)}</figure>"
-    )
+    place, words = int(picture["index"]), escape(f"Example {picture['id']}: {picture['question']}")
+    answered = f"<i>(expected: {escape(picture['expected'])}; frames {frames})</i>"
+    return f'<figure class="example" id="example-{place}"><figcaption>{words} {answered}</figcaption>{"".join(strips)}</figure>'
+
+
+def lost(summary: Mapping[str, Any]) -> str:
+    """Per arm, questions that the baseline alone got right; those with a picture link to it."""
+    parts = []
+    for arm in summary["arms"]:
+        if not arm.get("only_baseline"):
+            continue
+        items = "".join(
+            f"<li>{_linked(one)}: {escape(one['question'])} Expected {escape(one['expected'])}, said "
+            f"“{escape(one['reply'])}”.</li>"
+            for one in arm["lost"]
+        )
+        more = arm["only_baseline"] - len(arm["lost"])
+        rest = f'<p class="note">And {more} more; results.jsonl has all.</p>' if more > 0 else ""
+        parts.append(
+            f'<details data-arm="{escape(arm["name"])}"><summary>{escape(arm["name"])}: {arm["only_baseline"]} that '
+            f'{escape(summary["baseline"])} alone got right</summary><ul class="lost">{items}</ul>{rest}</details>'
+        )
+    return "".join(parts) or f"<p>No arm lost a question that {escape(summary['baseline'])} got right.</p>"
+
+
+def _linked(one: Mapping[str, Any]) -> str:
+    name = f"Example {escape(str(one['id']))}"
+    return f'<a href="#example-{one["index"]}">{name}</a>' if one["drawn"] else name
 
 
 def _template(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from tokenreduce.compare.statistics import (
 from tokenreduce.compare.store import Store
 
 Row = Mapping[str, Any]
+LISTED = 12
+"""Questions that an arm lost, at most so many are listed."""
 MARGIN = 0.03
 """A loss of accuracy below which an arm counts as one that keeps it: three points."""
 ALPHA = 0.05
@@ -42,12 +44,14 @@ def summarise(store: Store, arms: Sequence[Arm]) -> dict[str, Any]:
     settings = store.settings
     rows = {arm.name: [row for row in store.rows if row["arm"] == arm.name] for arm in arms}
     baseline, seed = settings["baseline"], settings["seed"]
+    drawn = {picture["index"] for picture in store.pictures()}
     placed = settings["task"].get("positions", [None]) != [None]
     entries = [_arm(arm, rows[arm.name], placed) for arm in arms]
     tested = [entry for entry in entries if entry["name"] != baseline and entry["examples"]]
     if rows[baseline]:
         for entry in tested:
             entry.update(_against(rows[entry["name"]], rows[baseline]))
+            entry["lost"] = _lost(rows[entry["name"]], rows[baseline], drawn)
             _speed(entry, next(other for other in entries if other["name"] == baseline))
         compared = [entry for entry in tested if "p" in entry]
         # "Differs" and "keeps the accuracy" are verdicts of one family: both are corrected for the number of both.
@@ -179,6 +183,15 @@ def _against(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
         "examples_needed": {f"{d:g}": examples_needed(discordant, d) for d in DIFFERENCES},
         "power": {f"{d:g}": _power(len(pairs), discordant, d) for d in DIFFERENCES},
     }
+
+
+def _lost(rows: Sequence[Row], baseline: Sequence[Row], drawn: Collection[int]) -> list[dict[str, Any]]:
+    """Questions that the baseline alone got right, those with a picture first. drawn: indices of examples with one."""
+    right = {row["index"] for row in baseline if row["right"]}
+    lost = [row for row in rows if not row["right"] and row["index"] in right]
+    lost.sort(key=lambda row: (row["index"] not in drawn, row["index"]))
+    names = ("index", "id", "question", "expected", "reply")
+    return [{name: row[name] for name in names} | {"drawn": row["index"] in drawn} for row in lost[:LISTED]]
 
 
 def _power(examples: int, discordant: float, difference: float) -> float:

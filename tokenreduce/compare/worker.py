@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Worker:
     def __init__(self, settings: Settings, task: Task, pictures: int) -> None:
         self.settings, self.task, self.pictures = settings, task, pictures
         self._bench: Bench | None = None
+        self._lost = Counter[str]()
 
     def run(self, unit: Unit) -> Done:
         """One example through all arms of one model."""
@@ -45,5 +47,10 @@ class Worker:
             checks = check_model(self._bench, item)
             self._bench.warm_up(item)
         rows, outcomes = self._bench.rows(item, index)
-        drawn = picture(self._bench, item, index, outcomes) if index < self.pictures else None
+        right = {row["arm"]: bool(row["right"]) for row in rows}
+        lost = [arm for arm, own in right.items() if not own and right.get(self.settings.baseline)]
+        # The first examples, and of each arm the first that it loses.
+        wanted = index < self.pictures or any(self._lost[arm] < self.pictures for arm in lost)
+        self._lost.update(lost if wanted else ())
+        drawn = picture(self._bench, item, index, outcomes) if wanted else None
         return Done(unit, rows, checks, drawn)

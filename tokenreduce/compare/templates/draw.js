@@ -1,13 +1,18 @@
 // Drawing: SVG elements, axes, marks and the tip. All text goes in as text, never as markup.
 
-const COLOURS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a7a00"]; // after Okabe and Ito
+const COLOURS = ["var(--mark)", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a7a00"]; // after Okabe and Ito
 const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
 const SHAPES = ["circle", "square", "triangle", "diamond", "cross"];
 const WIDTH = 560, HEIGHT = 330, LEFT = 52, RIGHT = 16, TOP = 12, BOTTOM = 44;
 
 function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) if (value !== "" && value != null) element.setAttribute(name, value);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === "" || value == null) continue;
+    // A variable of the style sheet is understood in a style only.
+    if (String(value).startsWith("var(")) element.style.setProperty(name, value);
+    else element.setAttribute(name, value);
+  }
   element.append(...children);
   return element;
 }
@@ -49,7 +54,7 @@ function frame(label, x0, x1, y0, y1, xName, yName, whole = false) {
 }
 
 function marker(shape, x, y, colour, size = 5.5) {
-  const s = size, filled = { fill: colour, stroke: "#fff", "stroke-width": 1 };
+  const s = size, filled = { fill: colour, stroke: "var(--halo)", "stroke-width": 1 };
   if (shape === "circle") return svg("circle", { cx: x, cy: y, r: s, ...filled });
   if (shape === "square") return svg("rect", { x: x - s, y: y - s, width: 2 * s, height: 2 * s, ...filled });
   if (shape === "triangle") return svg("path", { d: `M${x} ${y - s * 1.25}L${x + s * 1.2} ${y + s}H${x - s * 1.2}Z`, ...filled });
@@ -86,7 +91,15 @@ function tip(element, words) {
   return element;
 }
 
-// A short sample of an arm's line and marker.
+// Samples for legends, each of what the plot draws of an arm: its marker, its line, or both.
+function dot(style) {
+  return svg("svg", { viewBox: "0 0 34 14", "aria-hidden": "true" }, marker(style.shape, 17, 7, style.colour, 4));
+}
+
+function stroke(style) {
+  return svg("svg", { viewBox: "0 0 34 14", "aria-hidden": "true" }, line([[1, 7], [33, 7]], style.colour, style.dash));
+}
+
 function sample(style) {
   const root = svg("svg", { viewBox: "0 0 34 14", "aria-hidden": "true" });
   root.append(line([[1, 7], [33, 7]], style.colour, style.dash), marker(style.shape, 17, 7, style.colour, 4));

@@ -3,7 +3,7 @@
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 const ms = (seconds) => `${(1000 * seconds).toPrecision(3)} ms`;
 const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(2)} MiB`;
-const armLegend = (arms) => legend(arms.map((arm) => [sample(arm.style), arm.name]));
+const armLegend = (arms) => legend(arms.map((arm) => [dot(arm.style), arm.name]));
 
 function describeArm(arm) {
   return `${arm.name}\naccuracy ${percent(arm.accuracy)} (${percent(arm.interval[0])} to ${percent(arm.interval[1])})\n` +
@@ -17,18 +17,25 @@ function point(plot, arm, px, words, value = arm.accuracy, interval = arm.interv
   plot.root.append(tip(svg("g", {}, marker(arm.style.shape, px, plot.y(value), colour)), words));
 }
 
-function flopsPlot(arms) {
-  const plot = frame("Accuracy against relative FLOPs", 0, 1.05, 0, 1, "FLOPs of the prefill, share of dense", "accuracy");
-  const front = arms.filter((a) => !arms.some((b) => b.relative_flops <= a.relative_flops && b.accuracy >= a.accuracy &&
-    (b.relative_flops < a.relative_flops || b.accuracy > a.accuracy)));
-  front.sort((a, b) => a.relative_flops - b.relative_flops);
-  plot.root.append(line(front.map((arm) => [plot.x(arm.relative_flops), plot.y(arm.accuracy)]), "#8b949e", "5 4", 1.5));
-  for (const arm of arms) {
-    point(plot, arm, plot.x(arm.relative_flops), describeArm(arm) + (front.includes(arm) ? "\non the Pareto front" : ""));
+// Accuracy against a cost, with the Pareto front of the arms that are drawn. cost: of an arm, null where it is not known.
+function costPlot(arms, label, axis, cost, most = null) {
+  const own = arms.filter((arm) => cost(arm) != null);
+  if (!own.length) return null;
+  const plot = frame(label, 0, most ?? 1.05 * Math.max(...own.map(cost), 1e-9), 0, 1, axis, "accuracy");
+  const front = own.filter((a) => !own.some((b) => cost(b) <= cost(a) && b.accuracy >= a.accuracy && (cost(b) < cost(a) || b.accuracy > a.accuracy)));
+  front.sort((a, b) => cost(a) - cost(b));
+  plot.root.append(line(front.map((arm) => [plot.x(cost(arm)), plot.y(arm.accuracy)]), "#8b949e", "5 4", 1.5));
+  for (const arm of own) {
+    point(plot, arm, plot.x(cost(arm)), `${describeArm(arm)}\n${brief(cost(arm))}: ${axis}` + (front.includes(arm) ? "\non the Pareto front" : ""));
   }
   const dashes = svg("svg", { viewBox: "0 0 34 14", "aria-hidden": "true" }, line([[1, 7], [33, 7]], "#8b949e", "5 4", 1.5));
-  return html("div", {}, plot.root, legend([...arms.map((arm) => [sample(arm.style), arm.name]), [dashes, "Pareto front"]]));
+  return html("div", {}, plot.root, legend([...own.map((arm) => [dot(arm.style), arm.name]), [dashes, "Pareto front"]]));
 }
+
+const flopsPlot = (arms) => costPlot(arms, "Accuracy against relative FLOPs", "FLOPs of the prefill, share of dense", (arm) => arm.relative_flops, 1.05);
+const speedPlot = (arms) => costPlot(arms, "Accuracy against time", "prefill with vision, milliseconds", (arm) => 1000 * (arm.seconds.prefill + arm.seconds.vision));
+const spacePlot = (arms) => costPlot(arms, "Accuracy against memory", arms.some((arm) => arm.growth_bytes != null) ? "growth at the peak, MiB" : "KV cache, MiB",
+  (arm) => (arm.growth_bytes ?? arm.kv_bytes) / 2 ** 20);
 
 function agreementPlot(arms) {
   const own = arms.filter((arm) => arm.agreement != null);
@@ -55,7 +62,7 @@ function budgetPlot(arms) {
     for (const arm of group) point(plot, arm, plot.x(arm.share) + 5 * (own.filter((other) => other.share === arm.share).indexOf(arm) -
       (own.filter((other) => other.share === arm.share).length - 1) / 2), describeArm(arm));
   }
-  return html("div", {}, plot.root, armLegend(arms.filter((arm) => own.includes(arm) || arm.method === "dense")));
+  return html("div", {}, plot.root, legend(arms.filter((arm) => own.includes(arm) || arm.method === "dense").map((arm) => [sample({ ...arm.style, dash: arm.method === "dense" ? "1 4" : "" }), arm.name])));
 }
 
 // Arms of one method and model, by growing budget.
@@ -80,7 +87,7 @@ function layersPlot(arms) {
     const words = [`layer ${layer}`, ...arms.map((arm) => `${arm.name}: ${brief(arm.tokens_per_layer[layer] ?? 0)}`)].join("\n");
     plot.root.append(tip(svg("rect", { x: plot.x(layer), y: TOP, width: plot.x(1) - plot.x(0), height: HEIGHT - TOP - BOTTOM, fill: "transparent" }), words));
   }
-  return html("div", {}, plot.root, legend(arms.map((arm) => [sample(arm.style), `${arm.name}: mean ${brief(mean(arm.tokens_per_layer))}`])));
+  return html("div", {}, plot.root, legend(arms.map((arm) => [stroke(arm.style), `${arm.name}: mean ${brief(mean(arm.tokens_per_layer))}`])));
 }
 
 // Horizontal bars: rows of {name, parts: [[value, colour, words]], total}.
@@ -98,7 +105,7 @@ function bars(label, rows, unit) {
     let at = 0;
     root.append(text(room - 8, y + 14, row.name, { "text-anchor": "end", class: "label" }));
     for (const [value, colour, words] of row.parts) {
-      if (value > 0) root.append(tip(svg("rect", { x: x(at), y, width: Math.max(x(at + value) - x(at), 0.6), height: 19, fill: colour, stroke: "#fff", "stroke-width": 0.5 }), words));
+      if (value > 0) root.append(tip(svg("rect", { x: x(at), y, width: Math.max(x(at + value) - x(at), 0.6), height: 19, fill: colour, stroke: "var(--halo)", "stroke-width": 0.5 }), words));
       at += value;
     }
     root.append(text(x(at) + 5, y + 14, row.total));

@@ -13,7 +13,7 @@ for (const arm of data.arms) {
 }
 
 const hidden = new Set();
-const PLOTS = { flops: flopsPlot, budget: budgetPlot, agreement: agreementPlot, layers: layersPlot, time: timePlot, memory: memoryPlot, grid: gridPlot };
+const PLOTS = { flops: flopsPlot, speed: speedPlot, space: spacePlot, budget: budgetPlot, agreement: agreementPlot, layers: layersPlot, time: timePlot, memory: memoryPlot, grid: gridPlot };
 
 function draw() {
   document.getElementById("tip").hidden = true;
@@ -39,6 +39,45 @@ for (const arm of data.arms) {
     draw();
   });
   controls.append(html("label", {}, box, sample(arm.style), arm.name));
+}
+
+// Where there is little room the chooser begins folded.
+document.getElementById("chooser").open = innerWidth > 700 && data.arms.length <= 16;
+
+// Tables: a click on a head sorts by it, numbers as numbers; a button hands the table out as CSV.
+const weight = (cell) => { const found = cell.textContent.replaceAll("−", "-").replaceAll(",", "").match(/-?[0-9.]+(e-?[0-9]+)?/); return found ? +found[0] : null; };
+
+function sort(table, column, head) {
+  const body = table.tBodies[0], up = head.getAttribute("aria-sort") !== "ascending";
+  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const key = (row) => { const cell = row.cells[column]; return column ? weight(cell) : cell.textContent; };
+  const rows = [...body.rows].sort((a, b) => {
+    const x = key(a), y = key(b);
+    if (x === null || y === null) return (x === null) - (y === null);  // What has no number stays at the end.
+    const order = typeof x === "string" ? x.localeCompare(y) : x - y;
+    return up ? order : -order;
+  });
+  body.append(...rows);
+}
+
+const quoted = (words) => `"${words.replaceAll('"', '""')}"`;
+
+for (const table of document.querySelectorAll("table")) {
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    const button = html("button", { type: "button" }, head.textContent);
+    button.addEventListener("click", () => sort(table, column, head));
+    head.replaceChildren(button);
+  });
+  const save = html("button", { type: "button", class: "csv" }, "CSV");
+  save.setAttribute("aria-label", `${table.parentElement.getAttribute("aria-label")} as CSV`);
+  save.addEventListener("click", () => {
+    const lines = [...table.rows].filter((row) => !row.hidden).map((row) => [...row.cells].map((cell) => quoted(cell.textContent)).join(","));
+    const link = html("a", { href: URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" })), download: "table.csv" });
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+  table.parentElement.after(save);
 }
 
 addEventListener("beforeprint", () => { for (const element of document.querySelectorAll("details")) element.open = true; });
