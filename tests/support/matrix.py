@@ -251,6 +251,29 @@ CASES: list[Case] = [
     Case("merge_then_kv_merge", _stages(MERGE | {"keep": 0.7}, MERGE | {"site": "kv", "from": 2, "keep": 0.4})),
     Case("prune_then_window", _stages(PRUNE | {"at": 1, "keep": 0.6}, {"strategy": "streaming_window", "from": 3, "window": 25})),
 ]  # fmt: skip
+METHODS: list[Case] = [
+    # Published methods whose decisions are held to recordings of their public code (tests/strategies/zoo), not to a second
+    # implementation in the oracle; test_methods runs them in batches, turns and families.
+    Case("divprune", "divprune"),
+    Case("cdpruner", "cdpruner", 0.5),
+    Case("vidcom2", "vidcom2"),
+    Case("vidcom2_released", "vidcom2_released"),
+    Case("v_cast", "v_cast", 0.6),
+    Case("evs", "evs", 0.7),
+    Case("dtd", "dtd"),
+    Case("dtd_relative", _stages({"strategy": "dtd", "relative": 0.4})),
+    Case("dycoke", "dycoke"),
+    Case("dycoke_budget", _stages({"strategy": "dycoke"}, budget=0.8)),
+    Case("dycoke_released", "dycoke_released"),
+    Case("aim", "aim"),
+    Case("llava_scissor", "llava_scissor"),
+    Case("prunevid", _stages({"strategy": "prunevid", "select_at": 2})),
+    Case("sttm", "sttm"),
+    Case("pool", "pool"),
+    Case("pool_bilinear", _stages({"strategy": "pool", "keep_of_cell": "bilinear"})),
+    Case("pool_random", _stages({"strategy": "pool", "keep_of_cell": "random"})),
+    Case("text_only", "text_only"),
+]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 CORE = (
     *("framefusion", "framefusion_official", "fastv", "noncascaded_merge", "random", "streaming_llm", "uniform_frames"),

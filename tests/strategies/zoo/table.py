@@ -1,0 +1,254 @@
+"""Which strategy of ours, with which options, a recorded case is replayed by.
+
+TABLE maps a folder's name to a function of the case's parameters and tensors; it returns trials, each with a label. What is said
+here of a method's parameters is general: cases that are not in this repository are tried by the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from strategies.zoo.replay import Trial
+from torch import Tensor
+
+import tokenreduce as tr
+
+Params, Tensors = dict[str, Any], dict[str, Tensor]
+Trials = list[tuple[str, Trial]]
+TEXT = 3
+"""Words before and after the recorded tokens, where a recording has none; they are noise."""
+
+
+def words(like: Tensor, count: int = TEXT) -> Tensor:
+    """(count, D) noise of the dtype of `like`."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(count, like.shape[-1], generator=generator, dtype=torch.float64).to(like.dtype)
+
+
+def video(seen: Tensor, frames: int, grid: tuple[int, int] | None = None, **more: Any) -> dict[str, Any]:
+    """`hidden` and `layout` of a trial: (F·P, D) vision tokens between words."""
+    flat = seen.reshape(-1, seen.shape[-1])
+    text = words(flat)
+    layout = tr.TokenLayout.video(
+        before=TEXT, frames=frames, per_frame=len(flat) // max(frames, 1), after=TEXT, grid=grid
+    )
+    return {"hidden": torch.cat([text, flat, text]), "layout": layout, **more}
+
+
+def stage(name: str, **options: Any) -> list[dict[str, Any]]:
+    return [{"strategy": name, **options}]
+
+
+def places(index: Tensor | None) -> Tensor | None:
+    """Places in the sequence of recorded places among the vision tokens."""
+    return None if index is None else index.flatten() + TEXT
+
+
+def tokens(count: int) -> dict[str, int]:
+    """A count, where a bare 1 would be a share."""
+    return {"tokens": int(count)}
+
+
+def divprune(params: Params, t: Tensors, case: Params) -> Trials:
+    features = t["in.features"]
+    count = round(params["threshold_ratio"] * len(features))
+    defect = "the public code chooses tokens twice" if case.get("distinct", 0) < case.get("kept_count", 0) else ""
+    made = video(
+        features, 1, stages=stage("divprune", keep=tokens(count)), kept=places(t.get("out.kept")), defect=defect
+    )
+    return [("divprune", Trial(**made, count=count))]
+
+
+def vidcom2(params: Params, t: Tensors, case: Params) -> Trials:
+    features, frames = t["in.features"], params["frames"]
+    released = stage("vidcom2", keep=params["base_scale"], counts="released")
+    out = [("vidcom2 released", Trial(**video(features, frames, stages=released), kept=places(t.get("out.kept"))))]
+    if "out.vllm_kept" in t:
+        # vLLM's count, by its float product.
+        count = len(t["out.vllm_kept"])
+        exact = stage("vidcom2", keep=tokens(count))
+        defect = "vLLM rounds each frame and then adds or takes tokens"
+        out.append(
+            ("vidcom2", Trial(**video(features, frames, stages=exact), kept=places(t["out.vllm_kept"]), defect=defect))
+        )
+    return out
+
+
+def evs(params: Params, t: Tensors, case: Params) -> Trials:
+    features, frames = t["in.features"], params["frames"]
+    count = max(len(features) // frames, int(len(features) * (1 - params["q"])))
+    made = video(features, frames, stages=stage("evs", keep=tokens(count)), kept=places(t.get("out.kept")))
+    return [("evs", Trial(**made))]
+
+
+def v_cast(params: Params, t: Tensors, case: Params) -> Trials:
+    features = t["in.features"]
+    frames, size = features.shape[:2]
+    count = max(frames * params["min_k"], round(frames * size * params["retain_ratio"]))
+    made = video(features, frames, kept=places(t.get("out.kept")), count=count)
+    options = {"keep": tokens(count), "least": params["min_k"]}
+    defect = "all tokens left over by rounding go to one frame"
+    return [
+        ("v_cast released", Trial(**made, stages=stage("v_cast", rounding="released", **options))),
+        ("v_cast", Trial(**made, stages=stage("v_cast", **options), defect=defect)),
+    ]
+
+
+def dtd(params: Params, t: Tensors, case: Params) -> Trials:
+    if params["method"] == "pixel":
+        return [("dtd", Trial(skip="pixel mode reads pixels, and a decoder's stage sees none"))]
+    hidden = t["in.hidden"][0]
+    frames, size = int(t["in.grid"][0]), int(t["in.grid"][1:].prod()) // 4
+    # In these recordings id 1 opens the vision tokens.
+    ids = t["in.input_ids"].flatten()
+    start = int((ids == 1).int().argmax()) + 1
+    layout = tr.TokenLayout.video(
+        before=start, frames=frames, per_frame=size, after=len(hidden) - start - frames * size
+    )
+    option = {"threshold": params["threshold"]} if params["absolute"] else {"relative": params["threshold"]}
+    kept = t.get("out.kept")
+    if kept is not None:
+        kept = kept[(kept >= start) & (kept < start + frames * size)]
+    return [("dtd", Trial(hidden=hidden, layout=layout, stages=stage("dtd", **option), kept=kept))]
+
+
+def dycoke_ttm(params: Params, t: Tensors, case: Params) -> Trials:
+    features = t["in.features"]
+    frames = params["frames"]
+    made = video(features, frames, kept=places(t.get("out.kept")))
+    ratio = params["merging_ratio"]
+    defects = []
+    if frames % 4 == 0 or frames % 2 or frames <= 4:
+        defects.append("the last group's third frame stays whole, odd last frames are lost")
+    if int((1 - ratio) * params["tpf"]) != int(round(1 - ratio, 9) * params["tpf"] + 1e-9):
+        defects.append("a float product is one short")
+    return [
+        ("dycoke_released", Trial(**made, stages=stage("dycoke", ratio=ratio, released=True))),
+        ("dycoke", Trial(**made, stages=stage("dycoke", ratio=ratio), defect="; ".join(defects))),
+    ]
+
+
+def pool2d(params: Params, t: Tensors, case: Params) -> Trials:
+    if params["mode"] not in ("average", "bilinear"):
+        return [
+            ("pool", Trial(skip=f"{params['mode']} pooling is not offered; pool has mean, first, random, bilinear"))
+        ]
+    features, side = t["in.features"], params["side"]
+    kind = {"average": "mean"}.get(params["mode"], params["mode"])
+    out = t.get("out.features")
+    made = video(features, len(features), (side, side), features=None if out is None else out.flatten(0, 1))
+    return [("pool", Trial(**made, stages=stage("pool", stride=params["stride"], keep_of_cell=kind)))]
+
+
+def aim_merge(params: Params, t: Tensors, case: Params) -> Trials:
+    features = t["in.features"]
+    frames, size = features.shape[:2]
+    left = size - min(params["rounds"][0], size // 2)
+    left -= min(params["rounds"][1], left // 2)
+    out = t.get("out.features")
+    made = video(features, frames, features=None if out is None else out.flatten(0, 1))
+    return [("aim", Trial(**made, stages=stage("aim", keep=tokens(left * frames))))]
+
+
+def cdpruner(params: Params, t: Tensors, case: Params) -> Trials:
+    trials: Trials = []
+    for row, features in enumerate(t["in.features"]):
+        count = min(params["visual_token_num"], len(features))
+        image, text = (torch.nn.functional.normalize(t[f"in.{name}_embeds"], dim=-1) for name in ("image", "text"))
+        relevance = torch.nn.functional.pad(-(image[row] @ text.T).mean(-1), (TEXT, TEXT))
+        kept = t["out.kept"][row] if "out.kept" in t else None
+        short = case.get("kept_counts", [count])[row] < count
+        defect = "beyond the kernel's rank fewer tokens come back" if short else ""
+        if len(t["in.features"]) > 1:
+            defect = "relevance is scaled over the whole batch"
+        made = video(features, 1, stages=stage("cdpruner", keep=tokens(count)), kept=places(kept), count=count)
+        made["patches"] = [
+            ("tokenreduce.strategies.prune.cdpruner.CDPruner.relevance", lambda self, ctx, r=relevance: r)
+        ]
+        trials.append(("cdpruner", Trial(**made, defect=defect)))
+    return trials
+
+
+def llava_scissor(params: Params, t: Tensors, case: Params) -> Trials:
+    made = video(t["in.features"], params["frames"], features=t.get("out.features"))
+    defects = []
+    if any(covered < nodes for covered, nodes in case.get("nodes_covered_per_call", [])):
+        defects.append("the public code loses nodes")
+    if case["comparison"].startswith("ties: sampled"):
+        defects.append("the public code samples nodes")
+    options = stage("llava_scissor", threshold=params["tau"])
+    return [("llava_scissor", Trial(**made, stages=options, defect="; ".join(defects)))]
+
+
+def prunevid(params: Params, t: Tensors, case: Params) -> Trials:
+    out, frames = t.get("out.features"), params["num_frames"]
+    options = {
+        "frame_clusters": params["temporal_segment_ratio"],
+        "threshold": params["tau"],
+        "token_clusters": params["cluster_ratio"],
+    }
+    made = video(t["in.features"], frames, features=None if out is None else out[0])
+    trials = [("prunevid merge", Trial(**made, stages=stage("prunevid", select_at=None, **options)))]
+    if "out.kept" in t and "out.text_attn_for_selection" in t:
+        recorded, merged = t["out.text_attn_for_selection"][0], t["out.features"]
+
+        def attention(ctx: Any, queries: Any = "last", heads: str = "mean", rows: str = "sum") -> Tensor:
+            # Recorded for the reduced vision tokens in the public code's order: a token is known by its state.
+            assert heads == rows == "max"
+            scores, vision = recorded.amax((0, 1)), (ctx.slot >= 0).nonzero().squeeze(1)
+            out = torch.zeros(ctx.n, dtype=scores.dtype)
+            distance = torch.cdist(ctx.hidden[vision].double(), merged[0].double()).round(decimals=4)
+            for row, token in enumerate(vision.tolist()):
+                # Still slots repeat from frame to frame: equal states are handed out in order.
+                known = int(distance[row].argmin())
+                out[token], distance[:, known] = scores[known], torch.inf
+            return out
+
+        made["features"] = out[0][t["out.kept"]] if out is not None else None
+        groups = [*t["out.static_sizes"].tolist(), *t["out.dynamic_sizes"].tolist()]
+        empty = any(0 < size * params["alpha"] < 1 for size in groups)
+        choice = stage("prunevid", select_at=1, alpha=params["alpha"], **options)
+        defect = "groups below 1/alpha lose every token" if empty else ""
+        trials.append(("prunevid choice", Trial(**made, stages=choice, attention=attention, defect=defect)))
+    return trials
+
+
+def sttm(params: Params, t: Tensors, case: Params) -> Trials:
+    if params["slow_ver"] or params["head_dim"]:
+        return [("sttm", Trial(skip="an ablation of the public code: best match only, or a cosine per head"))]
+    features = t["in.features"].permute(0, 2, 3, 1)
+    frames, height, width = features.shape[:3]
+    temporal = params["temporal_thresh"] if params["temporal_thresh"] > 0 else None
+    options = {"at": 0, "spatial": params["threshold"], "temporal": temporal, "root": params["root_level"]}
+    options["weighted"] = params["weighted_avg"]
+    made = video(features, frames, (height, width), features=t.get("out.features"), kept=places(t.get("out.index")))
+    odd = "border nodes of odd grids are compared with the first token" if height % 2 or width % 2 else ""
+    # A grid that halves to an odd side has such nodes further up.
+    sides = [height, width]
+    while min(sides) > 2:
+        sides = [(side + 1) // 2 for side in sides]
+        odd = odd or (
+            "border nodes of odd grids are compared with the first token" if any(s % 2 for s in sides) else ""
+        )
+    return [
+        ("sttm released", Trial(**made, stages=stage("sttm", released=True, **options))),
+        ("sttm", Trial(**made, stages=stage("sttm", **options), defect=odd)),
+    ]
+
+
+TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
+    "divprune": divprune,
+    "vidcom2": vidcom2,
+    "evs": evs,
+    "v_cast": v_cast,
+    "dtd": dtd,
+    "dycoke_ttm": dycoke_ttm,
+    "pool2d": pool2d,
+    "aim_merge": aim_merge,
+    "cdpruner": cdpruner,
+    "llava_scissor": llava_scissor,
+    "prunevid": prunevid,
+    "sttm": sttm,
+}
