@@ -49,6 +49,18 @@ class VisionTower:
 
 
 @dataclass(frozen=True)
+class TowerCall:
+    """What one call of the vision tower told of its patches.
+
+    values: (P, patches, C) of P frames or tiles in the order of the call, class tokens left out, or (patches, C) where the tower
+    packs them, in the order of its blocks. grid: the argument `VisionTower.grid` of the call.
+    """
+
+    values: Tensor
+    grid: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What one forward of the outer model was called with, as far as an adapter may need it.
 
@@ -110,6 +122,17 @@ class ModelAdapter(ABC):
     def layout(self, model: nn.Module, prompt: Prompt) -> TokenLayout | None:
         """Where the vision tokens of this forward are; None where the family has no vision (a bare decoder)."""
         return None
+
+    def tower_signals(self, model: nn.Module) -> Mapping[str, str]:
+        """For each of `tower.cls`, `tower.mean`, `tower.keys` and `tower.pooled`: empty if the family can give it to the decoder,
+        else why not, in a clause."""
+        return {}
+
+    def to_tokens(self, model: nn.Module, prompt: Prompt, calls: Sequence[TowerCall]) -> Tensor:
+        """(B, N, C): values of the tower's calls of this prompt carried through the family's pooling to its vision tokens.
+
+        NaN for tokens that stand for no patch. Needed where `tower_signals` gives anything."""
+        raise UnsupportedError(f"{self.name}: its adapter does not say how the tower's patches come to the decoder")
 
     def turn_ends(self, model: nn.Module) -> Sequence[int]:
         """Ids that end a turn of the chat, by which `ctx.role` tells the question from the template around it.

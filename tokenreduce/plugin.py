@@ -7,8 +7,9 @@ Registering: `hookimpl` marks the functions by which a package offers what it ha
 
 Strategies in the decoder: `Strategy`, its `StageConfig` (`Layer`, `Share`, `Keep` with `Tokens` are types of fields) and
 `Capabilities`, whose needs are `Signal`s. `decide` gets a `StageContext` and returns a `Reduction`, perhaps with a `Mixture`, or
-a `Decision`, perhaps with a `Span`. `Groups` are tokens by frame, medium or segment. `VISION`, `SYSTEM`, `BEFORE`, `AROUND`,
-`QUESTION` and `TAIL` are what a token is for. `forecast` gets a `CountView` and returns an `Outcome`. `schedule` returns `Site`s,
+a `Decision`, perhaps with a `Span`. `Groups` are tokens by frame, medium or segment, a `TowerView` is what the vision tower told.
+`VISION`, `SYSTEM`, `BEFORE`, `AROUND`, `QUESTION` and `TAIL` are what a
+token is for. `forecast` gets a `CountView` and returns an `Outcome`. `schedule` returns `Site`s,
 for which `layer_of` reads a `Layer`. `carry` returns a `Carry`. `Action`, `Heads`, `Queries`, `Rows`, `SiteKind` and `Weighting`
 are the types of their arguments, `CountKind` says where a count comes from; `reducible_allowance` is what the budget leaves to
 a stage.
@@ -17,7 +18,7 @@ Strategies in the vision tower: `VisionStrategy`, its `VisionStageConfig` or `Bl
 `VisionContext`, `VisionSite`, `VisionKind`.
 
 Adapters: `ModelAdapter`, the `Prompt` that it reads, the `TokenLayout` that it returns with its markers `PLAIN`, `NEWLINE`,
-`WRAPPER` and `TIMESTAMP`, the `FfnPair` of a layer and the `VisionTower` of a model.
+`WRAPPER` and `TIMESTAMP`, the `FfnPair` of a layer, the `VisionTower` of a model and a `TowerCall` of it.
 
 Observers: `StageTrace`, what a stage did; `Trace` and `LayerTrace`, what a prefill did.
 
@@ -29,7 +30,7 @@ Those who call models use the names in `dir(tokenreduce)`, which are as stable. 
 
 from __future__ import annotations
 
-from tokenreduce.adapter import FfnPair, ModelAdapter, Prompt, VisionTower
+from tokenreduce.adapter import FfnPair, ModelAdapter, Prompt, TowerCall, VisionTower
 from tokenreduce.amounts import Keep, Layer, Share, Tokens, layer_of
 from tokenreduce.errors import (
     BudgetError,
@@ -73,6 +74,7 @@ from tokenreduce.strategy import (
     StageConfig,
     StageContext,
     Strategy,
+    TowerView,
     VisionKind,
     reducible_allowance,
 )
@@ -134,6 +136,8 @@ __all__ = [
     "TokenLayout",
     "TokenReduceError",
     "Tokens",
+    "TowerCall",
+    "TowerView",
     "Trace",
     "UnsupportedError",
     "VisionContext",

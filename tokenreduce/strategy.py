@@ -172,6 +172,41 @@ Rows = Literal["sum", "max", "each"]
 """How the attention of several queries becomes one number per token: or does not."""
 
 
+@dataclass(frozen=True)
+class TowerView:
+    """What the vision tower told of the tokens alive; declare `needs`, and the blocks in `Strategy.tower_blocks`.
+
+    A token that stands for several patches has their mean, as the family pools them; one that stands for none (newlines, text)
+    has NaN. Tokens that were merged have the value of the one that stayed. block: of the tower, from 0; below 0 from the last
+    whose output reaches the decoder.
+    """
+
+    source: Callable[[str, int], Tensor]
+    """(n, C) of a signal of a block."""
+
+    def attention(
+        self,
+        block: int = -1,
+        queries: Literal["cls", "mean"] = "mean",
+        heads: Heads | Literal["each"] = "mean",
+    ) -> Tensor:
+        """(n,) float32, with `each` (H, n): attention that the patches receive from the class token, or as the mean over all
+        patches of their frame (of their window, in blocks that attend in windows)."""
+        if queries not in ("cls", "mean"):
+            raise ValueError(f"queries must be cls or mean, got {queries!r}")
+        found = self.source(f"tower.{queries}", block).T
+        return found if heads == "each" else found.amax(0) if heads == "max" else found.mean(0)
+
+    def keys(self, block: int = -1) -> Tensor:
+        """(n, H·d): keys of the patches, head by head."""
+        return self.source("tower.keys", block)
+
+    @property
+    def pooled(self) -> Tensor:
+        """(n, D): the tower's pooled output of the frame that each token is in."""
+        return self.source("tower.pooled", -1)
+
+
 @dataclass
 class StageContext:
     """One sequence at one site, as a strategy sees it. n tokens are alive, D is the hidden width.
@@ -205,6 +240,7 @@ class StageContext:
     allowance_source: Callable[[Action], int] | None = None
     refusal_source: Callable[[int, str], BudgetError] | None = None
     fact_source: Callable[[str], Tensor | None] | None = None
+    tower_source: Callable[[str, int], Tensor] | None = None
     per_medium: int | None = None
     """Where the stage says `keep: {tokens: …, per: medium}`: how many tokens of each image or video stay."""
 
@@ -245,6 +281,15 @@ class StageContext:
     def column(self) -> Tensor:
         """(n,) long: column of each token in the grid of its frame, −1 in none. Declare `needs=("grid",)`."""
         return self._needed("column", "its layout has no rows and columns; give TokenLayout(..., row=..., column=...)")
+
+    @property
+    def tower(self) -> TowerView:
+        """What the vision tower told. Declare `needs`, e.g. ("tower.mean",)."""
+        if self.tower_source is None:
+            raise UnsupportedError(
+                f"{self.site}: a strategy reads ctx.tower, of which nothing is known; declare Capabilities(needs=('tower.mean',))"
+            )
+        return TowerView(self.tower_source)
 
     def _needed(self, name: str, why: str) -> Tensor:
         found = self._fact(name)
@@ -547,6 +592,11 @@ class Strategy(ABC):
             return sum(min(ctx.per_medium, size) for size in ctx.groups("medium").counts)
         count = self.count_at(ctx.site, ctx.depth, ctx.original_reducible)
         return min(reducible_allowance(ctx, action) if count is None else count, ctx.reducible_count)
+
+    def tower_blocks(self, depth: int) -> Sequence[int]:
+        """Blocks of the vision tower, of `depth` whose output reaches the decoder, that `ctx.tower` is asked about; below 0 from
+        the last. By default the last."""
+        return (-1,)
 
     def reads(self, site: Site) -> bool:
         """Whether the stage reads attention at `site`."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapter import Prompt, VisionTower
+from tokenreduce.adapter import Prompt, TowerCall, VisionTower
+from tokenreduce.errors import UnsupportedError
 from tokenreduce_adapters._runs import Kind, Medium, Places, VisionAdapter, encoded_features, image_places
-from tokenreduce_adapters._towers import frames_tower
+from tokenreduce_adapters._towers import frames_signals, frames_tower, one_per_frame
 
 
 def tower_side(config: Any) -> int:
@@ -24,6 +26,22 @@ class AnyresAdapter(VisionAdapter):
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         return frames_tower(model)
+
+    def tower_signals(self, model: nn.Module) -> Mapping[str, str]:
+        return frames_signals(model)
+
+    def tokens_of(self, model: nn.Module, kind: Kind, call: TowerCall) -> Tensor:
+        if kind == "image":
+            raise UnsupportedError(
+                f"{self.name}: signals of the vision tower are not carried to images in tiles, whose patches overlap in tokens"
+            )
+        return self.pooled_frames(model, one_per_frame(call, tower_side(model.config) ** 2).values.float()).flatten(
+            0, 1
+        )
+
+    def pooled_frames(self, model: nn.Module, frames: Tensor) -> Tensor:
+        """(F, tokens, C): patches (F, n, C) of the frames of a video, pooled as their features are."""
+        raise UnsupportedError(f"{self.name}: this family has no videos")
 
     def tile_limit(self, config: Any) -> int | None:
         """Tiles above which the grid is scaled down, or None where the family never does that."""

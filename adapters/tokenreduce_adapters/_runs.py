@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapter import FfnPair, ModelAdapter, Prompt
+from tokenreduce.adapter import FfnPair, ModelAdapter, Prompt, TowerCall
 from tokenreduce.errors import LayoutError, UnsupportedError
 from tokenreduce.layout import NEWLINE, PLAIN, TIMESTAMP, WRAPPER, TokenLayout
 from tokenreduce_adapters.decoder import ffn_pair
@@ -118,6 +118,40 @@ class VisionAdapter(ModelAdapter):
             count[m.row] += 1
         row, column = (None, None) if grid is None else grid
         return TokenLayout(slot=slot, frame=frame, medium=medium, marker=marker, row=row, column=column)
+
+    def tokens_of(self, model: nn.Module, kind: Kind, call: TowerCall) -> Tensor:
+        """(tokens, C): the values of the patches of one call, pooled as the family pools their features; no newlines."""
+        raise UnsupportedError(f"{self.name}: its adapter does not say how the tower's patches become tokens")
+
+    def to_tokens(self, model: nn.Module, prompt: Prompt, calls: Sequence[TowerCall]) -> Tensor:
+        kinds = [kind for kind in self.kinds if brings(prompt, kind)]
+        if len(calls) < len(kinds):
+            raise UnsupportedError(
+                f"{self.name}: the features of this call were not made in it, so its vision tower has told nothing; pass pixels"
+            )
+        rows, columns = prompt.input_ids.shape
+        out: Tensor | None = None
+        repeats = 1
+        # Images are encoded first, whatever the prompt; what calls that failed have left comes before.
+        for kind, call in zip(kinds, calls[len(calls) - len(kinds) :], strict=True):
+            values = self.tokens_of(model, kind, call)
+            places = []
+            for medium in self.media(model, prompt, kind):
+                newline = self.places(model, prompt, medium).newline
+                its = medium.columns if newline is None else medium.columns[~newline.to(medium.columns.device)]
+                places.append((medium.row, its))
+            total = sum(len(its) for _, its in places)
+            if not len(values) or total % len(values):
+                raise LayoutError(f"{self.name}: the tower told of {len(values)} tokens, and the prompt has {total}")
+            repeats = total // len(values)
+            out = values.new_full((rows, columns, values.shape[-1]), torch.nan) if out is None else out
+            first = 0
+            for row, its in places:
+                if row % repeats == 0:  # Beams repeat whole rows.
+                    out[row, its.to(out.device)] = values[first : first + len(its)].to(out.dtype)
+                    first += len(its)
+        assert out is not None
+        return out if repeats == 1 else out[::repeats].repeat_interleave(repeats, 0)
 
     def _mark_text(self, marker: Tensor, medium: Medium) -> None:
         """Marks the text in and around `medium` in `marker` (N,): times between frames, wrappers around runs."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tokenreduce.adapter import VisionTower
+from tokenreduce.adapter import TowerCall, VisionTower
 from tokenreduce_adapters._labelled import LabelledAdapter
-from tokenreduce_adapters._towers import frames_tower
+from tokenreduce_adapters._runs import Kind, settings
+from tokenreduce_adapters._towers import frames_signals, frames_tower, shuffled_mean
 
 
 class InternVLAdapter(LabelledAdapter):
@@ -36,6 +39,17 @@ class InternVLAdapter(LabelledAdapter):
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         return frames_tower(model)
+
+    def tower_signals(self, model: nn.Module) -> Mapping[str, str]:
+        return frames_signals(model)
+
+    def tokens_of(self, model: nn.Module, kind: Kind, call: TowerCall) -> Tensor:
+        tiles, patches, channels = call.values.shape
+        whole: Any = getattr(model, "model", model)
+        side = math.isqrt(patches)
+        grid = call.values.view(tiles, side, side, channels)
+        shuffled: Tensor = whole.pixel_shuffle(grid, scale_factor=settings(model).downsample_ratio)
+        return shuffled_mean(shuffled, channels)
 
     def restarts(self, first: list[int], second: list[int], label: list[int]) -> bool:
         # The first frame's label is as long as the second's without its line break.

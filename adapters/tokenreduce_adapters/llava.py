@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Mapping
 
-from tokenreduce.adapter import Prompt, VisionTower
-from tokenreduce_adapters._anyres import AnyresAdapter
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.adapter import Prompt, TowerCall, VisionTower
+from tokenreduce_adapters._anyres import AnyresAdapter, tower_side
 from tokenreduce_adapters._runs import (
     Kind,
     Medium,
@@ -18,7 +20,7 @@ from tokenreduce_adapters._runs import (
     settings,
     square_side,
 )
-from tokenreduce_adapters._towers import frames_tower
+from tokenreduce_adapters._towers import frames_signals, frames_tower, one_per_frame
 
 
 class LlavaAdapter(VisionAdapter):
@@ -51,6 +53,12 @@ class LlavaAdapter(VisionAdapter):
         # Without its size (generate() takes it away), a Pixtral image still has a run of ids for each row.
         width = len(runs(medium.columns)[0])
         return places.in_rows_of(width if width < len(medium) else square_side(len(medium)))
+
+    def tower_signals(self, model: nn.Module) -> Mapping[str, str]:
+        return frames_signals(model)
+
+    def tokens_of(self, model: nn.Module, kind: Kind, call: TowerCall) -> Tensor:
+        return one_per_frame(call, tower_side(model.config) ** 2).values.flatten(0, 1)
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         return frames_tower(model)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 
 from tokenreduce.adapter import Prompt
 from tokenreduce_adapters._anyres import AnyresAdapter, tower_side
 from tokenreduce_adapters._runs import Kind, Medium, Places, frame_places, settings, square_side
+from tokenreduce_adapters._towers import frames_signals
 
 
 class LlavaNextVideoAdapter(AnyresAdapter):
@@ -20,6 +24,15 @@ class LlavaNextVideoAdapter(AnyresAdapter):
         "llava-hf/LLaVA-NeXT-Video-34B-hf",
     )
     notes = "144 tokens per frame at 336 px, no newlines in videos; images tiled with a newline per row"
+
+    def pooled_frames(self, model: nn.Module, frames: Tensor) -> Tensor:
+        whole: Any = getattr(model, "model", model)
+        return whole.vision_resampler(frames)  # type: ignore[no-any-return]
+
+    def tower_signals(self, model: nn.Module) -> Mapping[str, str]:
+        if settings(model).spatial_pool_mode == "conv":
+            return dict.fromkeys(frames_signals(model), "it pools by a convolution, which mixes features")
+        return frames_signals(model)
 
     def lengths(self, model: nn.Module, prompt: Prompt, kind: Kind) -> list[int]:
         if kind == "image":

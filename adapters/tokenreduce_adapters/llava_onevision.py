@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenreduce.adapter import Prompt
 from tokenreduce_adapters._anyres import AnyresAdapter, tower_side
@@ -31,6 +31,10 @@ class LlavaOnevisionAdapter(AnyresAdapter):
 
     def tile_limit(self, config: Any) -> int | None:
         return int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+
+    def pooled_frames(self, model: nn.Module, frames: Tensor) -> Tensor:
+        whole: Any = getattr(model, "model", model)
+        return whole.apply_pooling(frames)  # type: ignore[no-any-return]
 
     def lengths(self, model: nn.Module, prompt: Prompt, kind: Kind) -> list[int]:
         if kind == "image":

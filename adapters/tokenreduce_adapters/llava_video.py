@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenreduce.adapter import Prompt
 from tokenreduce_adapters._anyres import AnyresAdapter
@@ -28,6 +29,10 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
         "lmms-lab/LLaVA-NeXT-Video-32B-Qwen",
     )
     notes = "upstream layout; 14 × 15 tokens per frame (13 × 14 with average pooling), the last of each row a newline"
+
+    def pooled_frames(self, model: nn.Module, frames: Tensor) -> Tensor:
+        whole: Any = getattr(model, "model", model)
+        return whole.pooled_grid(frames).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
     def lengths(self, model: nn.Module, prompt: Prompt, kind: Kind) -> list[int]:
         if kind == "image":

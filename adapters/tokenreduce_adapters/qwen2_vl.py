@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.adapter import Prompt, VisionTower
+from tokenreduce.adapter import Prompt, TowerCall, VisionTower
 from tokenreduce.errors import LayoutError
 from tokenreduce_adapters._runs import Kind, Medium, Places, VisionAdapter, image_places, settings
 
@@ -71,6 +72,16 @@ class Qwen2VLAdapter(VisionAdapter):
             grid="grid_thw",
             merged=tower.config.spatial_merge_size**2,
         )
+
+    def tower_signals(self, model: nn.Module) -> Mapping[str, str]:
+        why = "its vision tower has no class token"
+        pooled = "its vision tower has no output of a whole frame"
+        return {"tower.cls": why, "tower.mean": "", "tower.keys": "", "tower.pooled": pooled}
+
+    def tokens_of(self, model: nn.Module, kind: Kind, call: TowerCall) -> Tensor:
+        # The patches of a token stand side by side already.
+        merged = settings(model).vision_config.spatial_merge_size ** 2
+        return call.values.view(-1, merged, call.values.shape[-1]).mean(1)
 
     def _frame_starts(self, position_ids: Tensor | None, medium: Medium) -> Tensor:
         """(L,) bool: tokens at which a frame of the video begins."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from tokenreduce.engine.refusals import (
     refuse_packed,
 )
 from tokenreduce.engine.tower.hooks import NoTower, TowerHooks
+from tokenreduce.engine.tower.signals import TowerFacts, signals_for, tower_needs
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, build, build_vision
@@ -67,6 +70,8 @@ class Run:
 
     trace: the receipt of this thread's last prefill with vision tokens (of any thread's, if this one ran none).
     layout: the explicit layout, if any; set a new one before a later turn that brings vision tokens of its own.
+    signals: what stages read of the vision tower, (B, N, C) each by name (`tower.cls`, `tower.mean`: C heads; `tower.keys`;
+    `tower.pooled`), where the caller knows it and the tower does not run; whatever the block.
     attached: whether the pipeline is on the model now. entered: whether a `with` block was begun, which will take it off.
     """
 
@@ -79,10 +84,13 @@ class Run:
         self._local = _Local()
         self._last: Trace | None = None
         self.attached = self.entered = False
+        self.signals: Mapping[str, Tensor] | None = None
         if pipeline.stages:
             self.host = Host(model, adapter)
             self.shape = self.host.shape
             self._tower = NoTower()
+            inside = self.vision[0].name if self.vision else None
+            self._signals = signals_for(self.strategies, model, adapter, pipeline.name, layout is not None, inside)
             if self.vision:
                 self._tower = TowerHooks(adapter.vision_tower(model), self.vision, self.host)
             with _attaching:
@@ -135,6 +143,7 @@ class Run:
                 return False
             self._active.close()
             self._tower.remove()
+            self._signals.remove()
             self.host.uninstall()
             text = self.host.decoder()
             if text is not None:
@@ -197,6 +206,7 @@ class Run:
                 host.uninstall()
                 raise
         self._tower.install()
+        self._signals.install()
         attached[host.text] = self
         self.attached = True
 
@@ -266,6 +276,7 @@ class Run:
         sequences = calls.sequences(
             call, layout, self._reducible(layout), self.strategies, self._account, self.host.turn_ends
         )
+        self._tell(call, sequences)
         refuse_needs(self.pipeline.name, self.strategies, sequences)
         cache, use_cache = call.cache, kwargs.get("use_cache")
         use_cache = self.host.config.use_cache if use_cache is None else use_cache
@@ -281,6 +292,15 @@ class Run:
         forward.looks.traces += events
         self._active.start(forward)
         return kwargs
+
+    def _tell(self, call: Call, sequences: list[TokenSequence]) -> None:
+        """Let the stages ask for what the vision tower told, or for what the caller gave in its place."""
+        calls = self._signals.take()
+        if not any(tower_needs(strategy) for strategy in self.strategies):
+            return
+        told = TowerFacts(self.host.model, self.adapter, call.prompt, calls, self.signals)
+        for sequence in sequences:
+            sequence.facts.tower = partial(told.at, sequence.row, sequence.columns)
 
     def _ready(self, kwargs: dict[str, Any]) -> None:
         if self._active.current() is not None:

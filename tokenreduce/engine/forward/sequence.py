@@ -34,6 +34,8 @@ class Facts:
     """Of the tokens, as the outer model was given them."""
     ends: Sequence[int] = ()
     """Ids that end a turn of the chat."""
+    tower: Callable[[str, int], Tensor] | None = None
+    """(N, …) of a signal of a block of the vision tower."""
 
     def role_of(self, slot: Tensor) -> Tensor:
         """(N,) long, see `roles`."""
@@ -103,6 +105,7 @@ class TokenSequence:
             else partial(conductor.allowance, run, site, self.reducible_count, len(self)),
             refusal_source=partial(conductor.refusal, run, site, len(self)),
             fact_source=self._fact,
+            tower_source=None if self.facts.tower is None else self._told,
             per_medium=per_medium(run.strategy, site, conductor.depth),
         )
 
@@ -110,6 +113,11 @@ class TokenSequence:
         """(n,) long: a fact of the tokens that are alive, a copy; None where it is not known."""
         fact = self.facts.role_of(self.slot) if name == "role" else getattr(self.facts, name)
         return None if fact is None else fact[self.alive]
+
+    def _told(self, name: str, block: int) -> Tensor:
+        """(n, …) of a signal of the tower."""
+        assert self.facts.tower is not None
+        return self.facts.tower(name, block)[self.alive]
 
     def check(self, name: str, site: Site, reduction: Reduction, across_media: bool = False) -> None:
         """Hold a strategy to its contract: PluginError where it misses tokens, touches text or merges across media.

@@ -57,17 +57,19 @@ class LlavaVideoModel(LlavaOnevisionModel):  # type: ignore[misc]
 
     config_class = LlavaVideoConfig
 
-    def apply_pooling(self, image_features: Tensor) -> Tensor:
-        """(frames, patches, D) projected features to (frames, rows · (rows + 1), D), newlines included."""
+    def pooled_grid(self, image_features: Tensor) -> Tensor:
+        """(frames, patches, D) projected features to (frames, D, rows, rows)."""
         frames, patches, width = image_features.shape
         side, rows, stride = math.isqrt(patches), self.config.rows, self.config.pool_stride
         grid = image_features.transpose(1, 2).reshape(frames, width, side, side)
         if self.config.pool_mode == "bilinear":
-            grid = F.interpolate(grid, size=(rows, rows), mode="bilinear")
-        elif self.config.pool_mode == "average":
-            grid = F.avg_pool2d(grid, stride)
-        else:
-            grid = F.max_pool2d(grid, stride)
+            return F.interpolate(grid, size=(rows, rows), mode="bilinear")
+        return F.avg_pool2d(grid, stride) if self.config.pool_mode == "average" else F.max_pool2d(grid, stride)
+
+    def apply_pooling(self, image_features: Tensor) -> Tensor:
+        """(frames, patches, D) projected features to (frames, rows · (rows + 1), D), newlines included."""
+        grid = self.pooled_grid(image_features)
+        frames, width, rows, _ = grid.shape
         newline = self.image_newline.to(grid)[:, None, None].expand(frames, width, rows, 1)
         return torch.cat((grid, newline), dim=-1).flatten(2).transpose(1, 2)
 
