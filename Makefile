@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint reproduce bench gpu-check train-testbed clean
+.PHONY: demo test test-slow lint wheel reproduce bench gpu-check train-testbed clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ lint: $(VENV)/.ready  ## ruff, mypy, and the layering of the packages
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=adapters $(BIN)/lint-imports
+
+wheel: $(VENV)/.ready  ## the package as one file, in dist/
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build
 
 reproduce: $(VENV)/.ready  ## the paper's tables on the embedded model (under an hour; results in docs/reproduction)
 	$(BIN)/python -m lab.reproduce

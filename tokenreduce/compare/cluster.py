@@ -135,4 +135,4 @@ def _ray() -> Any:
     try:
         return importlib.import_module("ray")
     except ImportError:
-        raise TokenReduceError("--ray needs an optional package: pip install 'tokenreduce[ray]'") from None
+        raise TokenReduceError("--ray needs an optional package: pip install ray") from None

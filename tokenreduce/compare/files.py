@@ -176,7 +176,7 @@ def _dataset(folder: Path, seed: int, allow_outside: bool) -> Task:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise TokenReduceError(
-            f"{folder} is a data set on disk, and reading it needs an optional package: pip install 'tokenreduce[datasets]'"
+            f"{folder} is a data set on disk, and reading it needs an optional package: pip install datasets"
         ) from None
     try:
         loaded = datasets.load_from_disk(str(folder))
