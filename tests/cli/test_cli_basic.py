@@ -73,14 +73,14 @@ def test_wrong_usage_is_one_line(capsys: Captured, arguments: list[str], message
 def test_validate_says_ok_or_what_is_wrong(capsys: Captured, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text("name: x\nstages:\n  - strategy: fastv\n")
-    bad.write_text("name: x\nstages:\n  - strategy: fastv\n    keep: 2\n  - strategy: fastvv\n")
+    bad.write_text("name: x\nstages:\n  - strategy: fastv\n    keep: 1.5\n  - strategy: fastvv\n")
     assert main(["validate", str(good), "framefusion"]) == 0
     assert capsys.readouterr().out == f"{good}: ok\nframefusion: ok\n"
     assert main(["validate", str(bad), str(good), str(tmp_path / "none.yaml")]) == 2
     out, err = capsys.readouterr()
     assert out == f"{good}: ok\n"
     lines = err.splitlines()
-    assert lines[0].startswith(f"error: {bad}:4:11: stages[0].keep: expected a number of at most 1")
+    assert lines[0].startswith(f"error: {bad}:4:11: stages[0].keep: expected a whole number or a number of at most 1.0")
     assert lines[1].startswith(
         f"error: {bad}:5:15: stages[1].strategy: unknown strategy 'fastvv'; did you mean 'fastv'?"
     )
