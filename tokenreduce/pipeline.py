@@ -15,6 +15,7 @@ from tokenreduce import plugins
 from tokenreduce.budget import Budget
 from tokenreduce.config.json_source import exists
 from tokenreduce.config.problems import KnownFields, describe, problem
+from tokenreduce.config.versions import PIPELINE, too_new
 from tokenreduce.config.yaml_source import MAX_DEPTH, MAX_NODES, Loc, Source, is_text, read_yaml, short, write_yaml
 from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, call_plugin, nearest, one_line
 from tokenreduce.layout import MarkerPolicy
@@ -82,6 +83,7 @@ class Pipeline(BaseModel):
         max_length=80,
         description="What tables, plots and output folders call the pipeline.",
     )
+    version: int = Field(PIPELINE, ge=1, le=PIPELINE, description="Of the meaning of all other fields.")
     description: str = Field("", description="What it does, in a line.")
     source: str = Field("", description="Where the method was published: paper, section, table.")
     budget: Annotated[Budget | None, BeforeValidator(_budget, json_schema_input_type=_Share | Budget | None)] = Field(
@@ -103,6 +105,9 @@ class Pipeline(BaseModel):
     @classmethod
     def _plain(cls, value: Any) -> Any:
         _check_plain(value)
+        wrong = too_new(value["version"], PIPELINE) if isinstance(value, dict) and "version" in value else ""
+        if wrong:  # Before the fields of which a newer version may have others.
+            raise problem(("version",), wrong, value["version"])
         return value
 
     @model_validator(mode="after")

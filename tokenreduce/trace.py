@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+VERSION = 1
+"""Of `Trace.to_dict`: it goes up when a field of it goes or changes its meaning, not when one is added."""
+
 
 @dataclass(frozen=True)
 class StageTrace:
@@ -107,6 +110,7 @@ class Trace:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
+            "version": VERSION,
             "pipeline": self.pipeline,
             "budget": self.budget,
             "tokens": self.tokens.tolist(),

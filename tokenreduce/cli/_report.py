@@ -17,9 +17,11 @@ from tokenreduce.cli._media import Asking
 from tokenreduce.compare.side_by_side import MeasuredArm
 from tokenreduce.config.json_source import shown
 from tokenreduce.config.outputs import PART, file_names
+from tokenreduce.config.versions import FOLDER
 from tokenreduce.errors import TokenReduceError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.media.pictures import comparison_sheet, frame_grid, kept_patches, tokens_per_layer
+from tokenreduce.trace import VERSION
 
 FILES = {"summary.json", "tokens_per_layer.png", "comparison.png"}
 """What the folder holds beside a folder per arm."""
@@ -56,15 +58,23 @@ def write_folder(
     """Write everything and return lines that say what is where. named: what they call the folder."""
     places = file_names([arm.name for arm in arms], FILES)
     summary = [_summary(arm, places[arm.name]) for arm in arms]
+    asked = {"question": asking.question, "expected": asking.expected}
     (folder / "summary.json").write_text(
         json.dumps(
-            {"question": asking.question, "expected": asking.expected, **_seen(asking), "arms": summary}, indent=2
+            {
+                "version": FOLDER,
+                **asked,
+                **_seen(asking),
+                "arms": summary,
+            },
+            indent=2,
         ),
         encoding="utf-8",
     )
     for arm in arms:
         (folder / places[arm.name]).mkdir()
-        trace = {"pipeline": "dense", "layers": [{"layer": i, "tokens": [n]} for i, n in enumerate(arm.counts.tokens)]}
+        layers = [{"layer": i, "tokens": [n]} for i, n in enumerate(arm.counts.tokens)]
+        trace = {"version": VERSION, "pipeline": "dense", "layers": layers}
         data = trace if arm.trace is None else arm.trace.to_dict()
         (folder / places[arm.name] / "trace.json").write_text(json.dumps(data), encoding="utf-8")
     tokens_per_layer({arm.name: arm.counts.tokens for arm in arms}, folder / "tokens_per_layer.png")

@@ -15,6 +15,7 @@ from tokenreduce.compare.identity import Say, code, combined, environment, model
 from tokenreduce.compare.measure import Bench, Sampling
 from tokenreduce.compare.needles import NEEDLE, needles
 from tokenreduce.compare.tasks import Task
+from tokenreduce.config.versions import FOLDER
 from tokenreduce.errors import TokenReduceError
 from tokenreduce.testbed.embedded import EMBEDDED, WEIGHTS
 
@@ -73,6 +74,7 @@ class Settings:
         """Plain data; two comparisons whose data are equal may share a folder. say: told of long work."""
         files = {model: model_files(model, say) for model in self.models}
         return {
+            "version": FOLDER,
             "tokenreduce": __version__,
             "code": code(arm.pipeline for arm in self.arms if arm.pipeline is not None),
             "environment": environment(self.loading.get("device")),

@@ -22,6 +22,7 @@ from tokenreduce.compare.identity import difference
 from tokenreduce.compare.stored import ReportedSettings, StoredCheck, StoredPicture, StoredRow, StoredSettings
 from tokenreduce.config.json_source import exists, parse_json, read_bytes, read_json, shown, validated
 from tokenreduce.config.outputs import PART, unwritable, write_file
+from tokenreduce.config.versions import FOLDER, too_new
 from tokenreduce.errors import TokenReduceError
 
 Row = dict[str, Any]
@@ -68,6 +69,12 @@ class Store:
             # A comparison that failed before its first result holds nothing that other settings could spoil.
             if held.is_file() and results.stat().st_size:
                 there = _read_json(held)
+                if "version" in settings and isinstance(there, dict) and "version" not in there:
+                    raise TokenReduceError(
+                        f"{shown(folder)} holds a comparison of an older tokenreduce; --report-only reports it, and to run one "
+                        "give another --output"
+                    )
+                _refuse_newer(there, held)
                 validated(StoredSettings, there, shown(held), TokenReduceError)
                 _refuse_other(folder, there, settings)
             else:
@@ -85,6 +92,7 @@ class Store:
         if not (folder / SETTINGS).is_file():
             raise TokenReduceError(f"{folder} holds no comparison ({SETTINGS} is missing)")
         settings = _read_json(folder / SETTINGS)
+        _refuse_newer(settings, folder / SETTINGS)
         validated(ReportedSettings, settings, shown(folder / SETTINGS), TokenReduceError)
         return cls(folder, settings, None)
 
@@ -232,6 +240,13 @@ def _foreign(folder: Path) -> bool:
     """Whether the folder holds other things than what a kill may leave of a comparison that has just begun."""
     left = [name for name in os.listdir(folder) if not name.endswith(".part")]
     return any(name != RESULTS or (folder / name).stat().st_size for name in left)
+
+
+def _refuse_newer(settings: Any, file: Path) -> None:
+    """TokenReduceError for settings that a newer tokenreduce wrote; those without a version are older than versions."""
+    wrong = too_new(settings.get("version", 1), FOLDER) if isinstance(settings, dict) else ""
+    if wrong:
+        raise TokenReduceError(f"{shown(file)}: {wrong}")
 
 
 def _lock(file: int, folder: Path) -> None:
