@@ -116,7 +116,7 @@ def refuse_mode(family: str, text: Any, config: Any, call: Call, modules: list[n
     if in_chunked_prefill():
         raise UnsupportedError(
             f"{family}: chunked prefill (prefill_chunk_size) is not supported while a pipeline is attached: a stage must see the "
-            "whole prompt"
+            "whole prompt; leave prefill_chunk_size out, and feed what is too long for one prefill piece by piece with tr.stream"
         )
 
 

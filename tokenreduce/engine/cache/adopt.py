@@ -11,14 +11,26 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from tokenreduce.engine.cache.layers import TokenLayer
 from tokenreduce.errors import UnsupportedError
 
+INSTEAD = (
+    "leave out past_key_values and cache_implementation, or pass past_key_values=DynamicCache(config=model.config)"
+)
+"""What to use where a cache is refused."""
+
 
 def refuse_cache(cache: Any) -> None:
     """UnsupportedError, naming the cache, where it is not a plain DynamicCache."""
     name = type(cache).__name__
     if not isinstance(cache, DynamicCache):
-        raise UnsupportedError(f"{name} is not supported: token reduction needs a DynamicCache")
+        more = {
+            "StaticCache": "; a model is faster compiled with a DynamicCache too: model.compile(), see docs/compile.md",
+            "QuantizedCache": "; to make the cache smaller, give the pipeline a smaller budget, such as {kv_cache: 512MiB}",
+        }.get(name, "")
+        raise UnsupportedError(f"{name} is not supported: token reduction needs a DynamicCache; {INSTEAD}{more}")
     if cache.offloading:
-        raise UnsupportedError("an offloaded KV cache is not supported: token reduction needs a plain DynamicCache")
+        raise UnsupportedError(
+            "an offloaded KV cache is not supported: token reduction needs a plain DynamicCache; "
+            f"{INSTEAD}; to make the cache smaller, give the pipeline a smaller budget, such as {{kv_cache: 512MiB}}"
+        )
     for method in ("update", "get_seq_length", "get_mask_sizes"):
         if getattr(getattr(cache, method), "__func__", None) is not getattr(DynamicCache, method):
             raise UnsupportedError(

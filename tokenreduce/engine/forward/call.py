@@ -97,8 +97,8 @@ def given_layout(call: Call, layout: TokenLayout, fresh: bool) -> TokenLayout | 
     if call.width - call.draft != tokens:
         if call.past == 0 or (fresh and call.width > 1):
             raise LayoutError(
-                f"the layout given is for {tokens} tokens, the forward has {call.width}; chunked prefill is not supported, and a "
-                "new prompt needs its own layout"
+                f"the layout given is for {tokens} tokens, the forward has {call.width}; chunked prefill is not supported (use "
+                "tr.stream for that), and a new prompt needs its own layout"
             )
         return None
     return layout.expand(call.batch) if fresh or call.past == 0 else None
