@@ -19,7 +19,7 @@ from support.tiny import assert_same, generate, hooks, layout, live_tensors, log
 import tokenreduce as tr
 from tokenreduce.engine import run as engine_run
 from tokenreduce.engine.cache.layers import running
-from tokenreduce.engine.model import gate as waiting
+from tokenreduce.engine.model import leases
 from tokenreduce.engine.model.hooks import Hook
 from tokenreduce.errors import AttachError, UnsupportedError
 
@@ -367,25 +367,129 @@ def test_a_call_whose_hooks_were_taken_off_is_dense() -> None:
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_detach_after_a_thread_of_a_pool_was_broken_off(error: type[BaseException]) -> None:
-    """torch calls no hook after such an error, and the pool's thread lives on: its stack says that nothing runs."""
-    model = tiny_model()
-    before = snapshot(model)
+def broken_off(model: Any, error: type[BaseException]) -> None:
+    """A forward in this thread that `error` ends, of which torch tells no hook."""
 
     def fail(*_: Any) -> None:
         raise error
 
+    handle = model.model.layers[2].register_forward_hook(fail)
+    with pytest.raises(error):
+        logits(model)
+    handle.remove()
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_detach_after_a_thread_was_broken_off_and_died(error: type[BaseException]) -> None:
+    """What a dead thread held is void."""
+    model = tiny_model()
+    before = snapshot(model)
+    run = tr.reduce(model, "fastv", budget=0.8, layout=layout())
+    thread = threading.Thread(target=broken_off, args=(model, error))
+    thread.start()
+    thread.join(30)
+    started = time.monotonic()
+    run.detach()
+    assert time.monotonic() - started < 10
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("remedy", ["forward", "detach"])
+def test_detach_after_a_thread_of_a_pool_was_broken_off(remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread lives on, and nobody else can know that its forward does not: its next forward, or detach in it, says so."""
+    monkeypatch.setattr(leases, "PATIENCE", 0.1)
+    model = tiny_model()
+    before = snapshot(model)
     with ThreadPoolExecutor(1) as pool:
         run = tr.reduce(model, "fastv", budget=0.8, layout=layout())
-        handle = model.model.layers[2].register_forward_hook(fail)
-        with pytest.raises(error):
-            pool.submit(logits, model).result()
-        handle.remove()
-        started = time.monotonic()
-        run.detach()
-        assert time.monotonic() - started < 10
-        assert_same(model, before)
+        expected = logits(model)
+        pool.submit(broken_off, model, SystemExit).result()
+        with pytest.raises(
+            AttachError, match="pipeline fastv cannot be detached: a forward of another thread has not ended in"
+        ):
+            run.detach()
+        assert run.attached
+        if remedy == "forward":
+            assert torch.equal(pool.submit(logits, model).result(), expected)
+            run.detach()
+        else:
+            pool.submit(run.detach).result()
+    assert not run.attached
+    assert_same(model, before)
+
+
+def test_detach_gives_up_on_a_forward_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has changed then: not for the forward that runs, and not for those that come."""
+    monkeypatch.setattr(leases, "PATIENCE", 0.1)
+    model = tiny_model()
+    before = snapshot(model)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    run = tr.reduce(model, "random", budget=0.8, layout=layout())
+    expected = logits(model)
+    handle = model.model.layers[2].register_forward_pre_hook(hold)
+    with ThreadPoolExecutor(1) as pool:
+        forward = pool.submit(logits, model)
+        assert inside.wait(30)
+        with pytest.raises(AttachError, match=r"has not ended in 0 s; detach when it has ended"):
+            run.detach()
+        go_on.set()
+        assert torch.equal(forward.result(30), expected)
+    handle.remove()
+    assert torch.equal(logits(model), expected)
+    run.detach()
+    assert_same(model, before)
+
+
+def test_two_threads_detach_at_once() -> None:
+    """And one of them attaches again: the other does not take that off."""
+    model = tiny_model()
+    before = snapshot(model)
+    run = tr.reduce(model, "random", budget=0.8, layout=layout())
+    at_once(lambda _: run.detach())
+    assert not run.attached
+    assert_same(model, before)
+
+
+def test_waiting_reads_no_stack_of_another_thread_and_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError
+
+    run = tr.reduce(model, "random", budget=0.8, layout=layout())
+    handle = model.model.layers[2].register_forward_pre_hook(hold)
+    looks = 0
+    only_this_thread = leases.Leases._only_this_thread
+
+    def counted(self: leases.Leases) -> bool:
+        nonlocal looks
+        looks += 1
+        return only_this_thread(self)
+
+    with ThreadPoolExecutor(2) as pool, monkeypatch.context() as patch:
+        patch.setattr(sys, "_current_frames", forbidden)
+        patch.setattr(leases.Leases, "_only_this_thread", counted)
+        forward = pool.submit(logits, model)
+        assert inside.wait(30)
+        detaching = pool.submit(run.detach)
+        with pytest.raises(TimeoutError):
+            detaching.result(0.3)
+        go_on.set()
+        detaching.result(30)
+        forward.result(30)
+    handle.remove()
+    assert looks == 2  # When it began, and when the forward had ended.
+    assert not run.attached
 
 
 def test_detach_within_a_forward_of_its_own() -> None:
@@ -403,8 +507,8 @@ def test_detach_within_a_forward_of_its_own() -> None:
 
 
 def test_detach_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that begin anew as soon as they have ended wait at the gate, and go on dense."""
-    monkeypatch.setattr(waiting, "PATIENCE", 20.0)
+    """Threads that begin anew as soon as they have ended wait while it detaches, and go on dense."""
+    monkeypatch.setattr(leases, "PATIENCE", 20.0)
     model, stop = tiny_model(), threading.Event()
     before, dense = snapshot(model), logits(model)
     run = tr.reduce(model, "fastv", budget=0.8, layout=layout())

@@ -31,7 +31,7 @@ def prove(model: Any, pairs: dict[int, FfnPair] | None = None) -> None:
     pairs = host.pairs(list(range(len(host.layers)))) if pairs is None else pairs
     model.config._attn_implementation_internal = tap.tapped(host.implementation)
     try:
-        prove_decoder(host.text, host.family, host.layers, pairs, host.modules)
+        prove_decoder(host.text, host.family, host.layers, pairs, host.facts.modules)
     finally:
         model.config._attn_implementation_internal = host.implementation
 

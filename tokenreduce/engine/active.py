@@ -12,19 +12,21 @@ from tokenreduce.engine.compiled.state import CompiledForward
 from tokenreduce.engine.forward.decode_step import DecodeStep
 from tokenreduce.engine.forward.layer_hooks import LayerHooks
 from tokenreduce.engine.forward.state import Forward
-from tokenreduce.engine.model.gate import Gate
 from tokenreduce.engine.model.host import Host
 
 
 class ActiveForwards:
-    """At most one forward in each thread. The layers' hooks are on while one of them needs them.
+    """At most one forward in each thread. The layers' hooks are on while one of them needs them."""
 
-    gate: where they begin. closed: whether the pipeline has been taken off.
-    """
+    lock: threading.Lock
+    """Held while a forward is added or goes, together with the hooks in the layers."""
+    layer_hooks: LayerHooks
+    """For forwards that are not compiled."""
+    traced_hooks: TracedHooks
+    """For those that are."""
 
-    def __init__(self, host: Host, pairs: Mapping[int, FfnPair], gate: Gate) -> None:
-        self.gate, self.lock, self.closed = gate, gate.lock, False
-        self._beginning = set[int]()
+    def __init__(self, host: Host, pairs: Mapping[int, FfnPair]) -> None:
+        self.lock = threading.Lock()
         self.layer_hooks = LayerHooks(host.layers, pairs, self.reducing, host.family)
         self.traced_hooks = TracedHooks(host.layers, pairs)
         self._forwards: dict[int, Forward | DecodeStep] = {}
@@ -39,23 +41,6 @@ class ActiveForwards:
         if not isinstance(forward, Forward) or isinstance(forward, CompiledForward):
             return None
         return forward if forward.sequences else None
-
-    def is_active(self, thread: int) -> bool:
-        """Whether one begins or goes on in `thread`, or was broken off there."""
-        return thread in self._beginning or thread in self._forwards
-
-    def enter(self) -> bool:
-        """A call of the decoder begins in this thread. False: its hooks were there still, but the pipeline is not."""
-        with self.lock:
-            if threading.get_ident() not in self._forwards:  # What is called within a forward will be refused.
-                self.gate.passed()
-            if not self.closed:
-                self._beginning.add(threading.get_ident())
-            return not self.closed
-
-    def entered(self) -> None:
-        """What had to be done before the decoder is done."""
-        self._beginning.discard(threading.get_ident())
 
     def start(self, forward: Forward | DecodeStep) -> None:
         """`forward` begins in this thread. In one step, so that a thread that ends here cannot take the hooks off in between."""
@@ -75,16 +60,16 @@ class ActiveForwards:
                 self._remove_hooks()
             return forward
 
-    def close(self) -> None:
-        """Forget all of them, the broken-off ones of other threads too, and let none begin. The caller holds the lock."""
-        self.closed = True
-        if running.forward in self._forwards.values():
-            running.forward = None
-        for forward in self._forwards.values():
-            forward.over = True
-            forward.undo()
-        self._forwards.clear()
-        self._remove_hooks()
+    def forget(self) -> None:
+        """Forget all of them: none goes on, those that are left were broken off, in this thread or in one that is dead."""
+        with self.lock:
+            if running.forward in self._forwards.values():
+                running.forward = None
+            for forward in self._forwards.values():
+                forward.over = True
+                forward.undo()
+            self._forwards.clear()
+            self._remove_hooks()
 
     def _remove_hooks(self) -> None:
         self.layer_hooks.remove()

@@ -22,9 +22,9 @@ from tokenreduce.engine.forward.decode_step import DecodeStep, any_reduced, cach
 from tokenreduce.engine.forward.receipt import receipt
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.forward.state import Forward
-from tokenreduce.engine.model.callers import calls_of, in_compiled_call, is_compiled, working
-from tokenreduce.engine.model.gate import any_other, wait_until
-from tokenreduce.engine.model.host import Host
+from tokenreduce.engine.model.callers import calls_of, in_compiled_call, is_compiled
+from tokenreduce.engine.model.host import EntryPoints, Host
+from tokenreduce.engine.model.leases import Leases
 from tokenreduce.engine.refusals import (
     check_ran,
     check_spent,
@@ -88,11 +88,12 @@ class Run:
         if pipeline.stages:
             self.host = Host(model, adapter)
             self.shape = self.host.shape
+            self._leases = Leases()
             self._tower = NoTower()
             inside = self.vision[0].name if self.vision else None
             self._signals = signals_for(self.strategies, model, adapter, pipeline.name, layout is not None, inside)
             if self.vision:
-                self._tower = TowerHooks(adapter.vision_tower(model), self.vision, self.host)
+                self._tower = TowerHooks(adapter.vision_tower(model), self.vision, self.host, self._leases)
             with _attaching:
                 self._attach()
 
@@ -126,39 +127,24 @@ class Run:
         """
         if not self.attached:
             return
-        if self._works(threading.get_ident()) and (in_compiled_call() or any(map(calls_of, self._modules()))):
+        text = self.host.decoder()
+        modules = [*self._tower.modules, *(() if text is None else (text,))]
+        if self._leases.in_this_thread() and (in_compiled_call() or any(map(calls_of, modules))):
             raise AttachError(f"pipeline {self.pipeline.name} cannot be detached within a forward of its own model")
-        self._active.gate.set(shut=True)
-        try:
-            wait_until(self._take_off, self.pipeline.name)
-        finally:
-            self._active.gate.set(shut=False)
+        with self._leases.alone(self.pipeline.name):
+            if self.attached:  # Not by another thread, while this one waited.
+                self._take_off()
         self._local.prompt_call = None
 
-    def _take_off(self) -> bool:
-        """Whether no other thread works, so that all could be undone."""
-        modules = self._modules()
-        with self._active.lock:
-            if any_other(lambda thread: self._works(thread) and working(thread, modules)):
-                return False
-            self._active.close()
-            self._tower.remove()
-            self._signals.remove()
-            self.host.uninstall()
-            text = self.host.decoder()
-            if text is not None:
-                attached.pop(text, None)
-            self.attached = False
-        return True
-
-    def _works(self, thread: int) -> bool:
-        """Whether a forward has begun in `thread` of which no end was seen."""
-        return self._active.is_active(thread) or thread in self._tower.busy
-
-    def _modules(self) -> list[nn.Module]:
-        """What runs while a forward goes on."""
+    def _take_off(self) -> None:
+        self._active.forget()
+        self._tower.remove()
+        self._signals.remove()
+        self.host.uninstall()
         text = self.host.decoder()
-        return [*self._tower.modules, *(() if text is None else (text,))]
+        if text is not None:
+            attached.pop(text, None)
+        self.attached = False
 
     @property
     def used(self) -> bool:
@@ -194,8 +180,9 @@ class Run:
         sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
-        self._active = ActiveForwards(host, pairs, self._tower.gate)
-        host.install(self, pairs)
+        self._active = ActiveForwards(host, pairs)
+        entries = EntryPoints(self._before_model, self._before_decoder, self._after_decoder, self._after_head)
+        host.install(entries, pairs, self.strategies, self.budget)
         self.shape = host.shape  # As it was measured.
         if self._layout is not None:
             try:
@@ -222,8 +209,8 @@ class Run:
 
     # One forward ------------------------------------------------------------------------------------------------------
 
-    def note_prompt(self, outermost: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before a module around the decoder: keep the token ids for `begin`."""
+    def _before_model(self, outermost: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before a module around the decoder: keep the token ids for `_begin`."""
         kwargs = calls.named(module, args, kwargs)
         ids = kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.dim() == 2:
@@ -236,14 +223,15 @@ class Run:
         if outermost and not (isinstance(ids, Tensor) and ids.shape[-1] == 1):  # Not at every token.
             self.host.check_decoder(module)
 
-    def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before_decoder(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the decoder: refuse what must be refused, and start the state of this forward."""
-        if not self._active.enter():
+        if not self._leases.hold("decoder"):
             return None
         try:
             changed = self._begin(text, calls.named(text, args, kwargs))
         finally:
-            self._active.entered()
+            if self._active.current() is None:
+                self._leases.end("decoder")
         return None if changed is None else ((), changed)
 
     def _begin(self, text: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -355,20 +343,15 @@ class Run:
         self, call: Call, sequences: list[TokenSequence], layers: list[TokenLayer], deepstack: list[Tensor]
     ) -> Forward:
         host, valid, draft = self.host, call.valid if sequences else None, call.draft if sequences else 0
-        facts: dict[str, Any] = {
-            "batch": Batch(sequences, call.width, valid, draft), "layers": layers, "modules": host.modules,
-            "implementation": host.implementation, "config": host.config, "deepstack": deepstack, "group": host.group,
-        }  # fmt: skip
+        batch = Batch(sequences, call.width, valid, draft)
         if not self._compiled():
-            return Forward(**facts)
-        return CompiledForward(
-            family=host.family, strategies=self.strategies, attention_modules=host.attention, **facts
-        )
+            return Forward(batch, layers, host.facts, deepstack)
+        return CompiledForward(batch, layers, host.facts, deepstack, family=host.family, strategies=self.strategies)
 
     def _compiled(self) -> bool:
         return is_compiled([self.host.text, *self.host.layers])
 
-    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder, also when it raised: drop the state, and write the trace."""
         if self._local.refused:
             self._local.refused = False
@@ -378,7 +361,7 @@ class Run:
         forward = self._active.current()
         if forward is None:
             return
-        self._active.end()
+        self._end()
         if isinstance(forward, DecodeStep):
             return
         if output is None:
@@ -389,6 +372,11 @@ class Run:
             except BaseException:
                 forward.undo()
                 raise
+
+    def _end(self) -> None:
+        """The forward of this thread has ended."""
+        self._active.end()
+        self._leases.end("decoder")
 
     def _receive(self, forward: Forward) -> None:
         """Hold a forward that has ended to what it had to do, and write its trace."""
@@ -409,7 +397,7 @@ class Run:
         self._local.trace = self._last = self.host.corrected(trace)
         self._local.await_head = True
 
-    def note_head(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_head(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the head: how many positions had logits made."""
         if self._local.await_head and self._local.trace is not None:
             self._local.await_head = False

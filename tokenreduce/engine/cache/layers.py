@@ -7,29 +7,58 @@ positions too early and be silently wrong; so lengths are logical here, and the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.reduction import Reduction
 
+Joined = dict[tuple[int, int, int], tuple[Tensor, ...]]
+"""What `_joined` has made in one forward."""
+
 
 class Activity:
-    """What may run in a thread.
-
-    layers: of the KV cache it goes on with. idle: whether cache and attention have nothing to ask of it. outer: what it runs
-    within, a forward of another model. over: whether it has ended, or was broken off.
-    """
+    """What may run in a thread."""
 
     layers: Sequence[TokenLayer] = ()
+    """Of the KV cache it goes on with."""
     idle = False
+    """Cache and attention have nothing to ask of it."""
+    traced = False
+    """torch.compile may trace it."""
     outer: Activity | None = None
+    """What it runs within, a forward of another model."""
     over = False
+    """It has ended, or was broken off."""
+    joined: Joined
+    """Validity masks made while it ran, shared by layers that hold the same tokens."""
+
+    def defers(self, layer: TokenLayer) -> bool:
+        """Whether the cache layer is to leave its update for later."""
+        return False
+
+    def attention_layer(self, module: nn.Module) -> int | None:
+        """The layer that an attention module belongs to, None for a foreign one."""
+        return None
+
+    def attend(
+        self,
+        layer: int,
+        base: Callable[..., tuple[Tensor, Tensor | None]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `layer` by `base`, with the mask that its tokens need."""
+        raise NotImplementedError
 
     def undo(self) -> bool:
         """Take back what it has put into its cache, as far as it knows; whether that was anything."""
@@ -43,14 +72,10 @@ class Activity:
 class Running(threading.local):
     """What runs in a thread: the engine's forward, if any. Every attention asks: a class attribute is the fastest answer."""
 
-    forward: Any = None
+    forward: Activity | None = None
 
 
 running = Running()
-
-
-Joined = dict[tuple[int, int, int], tuple[Tensor, ...]]
-"""What `_joined` has made in one forward."""
 
 
 @dataclass

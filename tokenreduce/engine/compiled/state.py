@@ -7,7 +7,6 @@ come out, so that is forecast; an operator whose stage leaves another number rai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from tokenreduce.engine.cache.layers import KvPlan, TokenLayer
 from tokenreduce.engine.compiled import operators
 from tokenreduce.engine.compiled.layer_plans import PHASES, LayerPlan, chain
-from tokenreduce.engine.forward.batch import gather_tables
+from tokenreduce.engine.forward.batch import Batch, gather_tables
 from tokenreduce.engine.forward.importance import AttentionRecord
 from tokenreduce.engine.forward.state import Forward
-from tokenreduce.engine.model.tap import UNREADABLE, Attention, RowSums, attention_below, causal_mask
+from tokenreduce.engine.model.tap import UNREADABLE, Attention, DecoderFacts, RowSums, attention_below, causal_mask
 from tokenreduce.errors import PipelineError, UnsupportedError
 from tokenreduce.planning.schedule import account_attention
 from tokenreduce.strategy import Site, Strategy
@@ -45,10 +44,17 @@ class CompiledForward(Forward):
     """Phases that are accounted for: four for each layer, see PHASES."""
 
     def __init__(
-        self, *, family: str, strategies: Many[Strategy], attention_modules: Mapping[int, nn.Module], **facts: Any
+        self,
+        batch: Batch,
+        layers: list[TokenLayer],
+        facts: DecoderFacts,
+        deepstack: list[Tensor],
+        *,
+        family: str,
+        strategies: Many[Strategy],
     ) -> None:
-        super().__init__(**facts)
-        self.family, self.attention_modules = family, attention_modules
+        super().__init__(batch, layers, facts, deepstack)
+        self.family, self.attention_modules = family, facts.attention
         self.opaque = self.kv_sites or any(layer.position is not None for layer in self.layers)
         self.layer_plan = chain(self.sequences, strategies, len(self.deepstack)) if self.sequences else None
         self.last_layer = self.read = self.input = None

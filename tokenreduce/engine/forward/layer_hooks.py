@@ -41,17 +41,17 @@ class LayerHooks:
         if self.handles:
             return
         for number, layer in enumerate(self.layers):
-            self._before(layer, "enter_layer", number, with_kwargs=True)
+            self._before(layer, self.enter_layer, number, with_kwargs=True)
             pair = self.pairs.get(number)
             if pair is not None:
-                self._before(pair.entry, "enter_ffn", number)
-                self.handles.append(pair.exit.register_forward_hook(Hook(self, "leave_ffn", pair.exit)))
+                self._before(pair.entry, self.enter_ffn, number)
+                self.handles.append(pair.exit.register_forward_hook(Hook(self.leave_ffn, pair.exit)))
             # Before other people's hooks, so that they see the layer's real output.
-            leave = Hook(self, "leave_layer", layer, number)
+            leave = Hook(self.leave_layer, layer, number)
             self.handles.append(layer.register_forward_hook(leave, prepend=True))
 
-    def _before(self, module: nn.Module, method: str, number: int, with_kwargs: bool = False) -> None:
-        hook = Hook(self, method, module, number)
+    def _before(self, module: nn.Module, method: Callable[..., Any], number: int, with_kwargs: bool = False) -> None:
+        hook = Hook(method, module, number)
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
     def remove(self) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.engine.cache.adopt import Before
-from tokenreduce.engine.cache.layers import Activity, Joined, KvPlan, TokenLayer, lengthened
+from tokenreduce.engine.cache.layers import Activity, KvPlan, TokenLayer, lengthened
 from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.importance import AttentionRecord, reading_sites
 from tokenreduce.engine.forward.kv_stages import CacheCount, plan_kv
 from tokenreduce.engine.forward.looks import Looks
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.model.parallel import total_heads
-from tokenreduce.engine.model.tap import Attention, attend_by_position, attend_by_row, causal_mask
+from tokenreduce.engine.model.tap import Attention, DecoderFacts, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, UnsupportedError
 from tokenreduce.planning.account import SPAN_BLOCK
 from tokenreduce.planning.schedule import account_attention
@@ -27,14 +27,10 @@ class Forward(Activity):
     """State of one forward.
 
     Args:
-        batch: its tokens. layers: the adopted KV cache layers, empty without a cache.
-        modules: id of each attention module, and its layer. implementation: the attention implementation below the tap.
-        config: of the decoder. deepstack: per early layer, (B, N, D) rows to add after it.
-        group: the process group over which the attention heads are sharded, if they are.
+        batch: its tokens. layers: the adopted KV cache layers, empty without a cache. facts: of the decoder.
+        deepstack: per early layer, (B, N, D) rows to add after it.
     """
 
-    traced = False
-    """Whether torch.compile may trace it."""
     batch: Batch
     """The tokens that are alive."""
     looks: Looks
@@ -61,22 +57,14 @@ class Forward(Activity):
     """(layer, row): (query, key) pairs of attention where they differ from the account's."""
     logical: int
     """Tokens that transformers believes to come."""
-    joined: Joined
-    """Validity masks made in this forward, shared by layers that hold the same tokens."""
 
     def __init__(
-        self,
-        *,
-        batch: Batch,
-        layers: list[TokenLayer],
-        modules: Mapping[int, int],
-        implementation: str,
-        config: Any,
-        deepstack: list[Tensor] | None = None,
-        group: Any = None,
+        self, batch: Batch, layers: list[TokenLayer], facts: DecoderFacts, deepstack: list[Tensor] | None = None
     ) -> None:
-        self.batch, self.looks, self.layers, self.modules = batch, Looks(), layers, modules
-        self.implementation, self.config, self.group, self.logical = implementation, config, group, batch.width
+        self.batch, self.looks, self.layers, self.logical = batch, Looks(), layers, batch.width
+        self.modules, self.implementation, self.config, self.group = (
+            facts.modules, facts.implementation, facts.config, facts.group,
+        )  # fmt: skip
         self.joined, self.pairs, self.deepstack = {}, {}, deepstack or []
         self.attention = self.ffn = self.ffn_output = None
         # A row of text alone has no stages.
@@ -173,10 +161,6 @@ class Forward(Activity):
     def rotate(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """See Batch."""
         return self.batch.rotate(tables)
-
-    def defers(self, layer: TokenLayer) -> bool:
-        """Whether the cache layer is to leave its update for later."""
-        return False
 
     def undo(self) -> bool:
         """As Activity.undo, but for a single token."""

@@ -6,7 +6,7 @@ That the names which are read here exist is proved at attach, see `private_names
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tokenreduce.engine.model.private_names import ASSISTED, ENCODING, LOOPS, PREFILL
 
 
-def _stack(frame: FrameType | None = None) -> Iterator[FrameType]:
-    """The frames that called this forward, or led to `frame`, innermost first."""
-    frame = frame or sys._getframe(2)
+def _stack() -> Iterator[FrameType]:
+    """The frames that called this forward, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -58,20 +58,6 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
 def calls_of(module: nn.Module) -> int:
     """How many calls of `module`, not compiled ones, are going on, one within the other."""
     return sum(_is_call(frame, module) for frame in _stack())
-
-
-def working(thread: int, modules: Sequence[nn.Module]) -> bool:
-    """Whether a call of one of `modules`, or of anything compiled, may be going on in another thread.
-
-    A forward that SystemExit or a cancellation broke off in a pool's thread ended without a word: only the stack tells.
-    """
-    leaf = sys._current_frames().get(thread)
-    if leaf is None:
-        return False
-    place = leaf.f_lasti
-    found = any(_is_compiled(frame) or any(_is_call(frame, module) for module in modules) for frame in _stack(leaf))
-    # What returns while it is read breaks the chain of frames: then nobody knows.
-    return found or sys._current_frames().get(thread) is not leaf or leaf.f_lasti != place
 
 
 def in_generation() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,34 +13,34 @@ from tokenreduce.engine.model import tap
 
 
 class Hook:
-    """Calls `owner.method(*extra, module, ...)` as long as the owner lives and `module` is the module it was put on.
+    """Calls the bound `method(*extra, module, ...)` as long as its object lives and `module` is the module it was put on.
 
     A deep copy of a model carries its hooks along; there they find another module and do nothing. A pickle carries inert
     ones, and makes the tap known where it is loaded, because the model's configuration names it.
     """
 
-    def __init__(self, owner: Any, method: str, module: nn.Module, *extra: Any) -> None:
-        self.owner, self.method, self.extra = weakref.ref(owner), method, extra
+    def __init__(self, method: Callable[..., Any], module: nn.Module, *extra: Any) -> None:
+        self.method, self.extra = weakref.WeakMethod(method), extra
         self.module = weakref.ref(module)
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
-        owner = self.owner()
-        if owner is None or self.module() is not module:
+        method = self.method()
+        if method is None or self.module() is not module:
             return None
         if torch.compiler.is_compiling():  # Asked because to be disabled costs as much again, at every token.
-            return _outside_the_graph(getattr(owner, self.method), *self.extra, module, *args)
-        return getattr(owner, self.method)(*self.extra, module, *args)
+            return _outside_the_graph(method, *self.extra, module, *args)
+        return method(*self.extra, module, *args)
 
     def __deepcopy__(self, memo: Any) -> Hook:
         return self
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        host = getattr(self.owner(), "host", None)
+        host = getattr(getattr(self.method(), "__self__", None), "host", None)
         return inert, (getattr(host, "implementation", ""),)
 
 
 @torch.compiler.disable(reason="a token reduction begins or ends here")  # type: ignore[untyped-decorator]
-def _outside_the_graph(method: Any, *args: Any) -> Any:
+def _outside_the_graph(method: Callable[..., Any], *args: Any) -> Any:
     return method(*args)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,8 +18,10 @@ from tokenreduce.engine.model.meter import Measured
 from tokenreduce.engine.model.parallel import head_group
 from tokenreduce.engine.model.private_names import INTERNAL, prove_names
 from tokenreduce.engine.model.probe import prove
+from tokenreduce.engine.model.tap import DecoderFacts
 from tokenreduce.errors import AttachError, UnsupportedError
 from tokenreduce.planning import cost
+from tokenreduce.strategy import Strategy
 from tokenreduce.trace import Trace
 
 
@@ -59,26 +61,58 @@ def refuse_model(family: str, config: Any) -> None:
         )
 
 
-class Host:
-    """A model and its decoder. Holds both weakly, so that a run does not keep its model alive.
+class EntryPoints(NamedTuple):
+    """Bound methods of an attachment, which hooks around the decoder call. Their object is held weakly."""
 
-    decoder: weak reference to the decoder. family: for messages. config, layers: of the decoder. shape: for costs; `unlike` says
-    why its FLOPs are not to be believed. cached: elements of each layer's cache per token, None where not measured. modules: id
-    of each attention module, and its layer. attention: the module of each layer. group: see `head_group`. implementation: of the
-    attention, below the tap. has_head: whether logits are made. turn_ends: ids that end a turn of the chat.
-    """
+    before_model: Callable[..., None]
+    """(outermost, module, args, kwargs) before each module around the decoder that sees the prompt."""
+    before_decoder: Callable[..., tuple[Any, dict[str, Any]] | None]
+    """(decoder, args, kwargs); returns the arguments with which it is to run, None for those it was given."""
+    after_decoder: Callable[..., None]
+    """(decoder, args, kwargs, output); output is None where the decoder raised."""
+    after_head: Callable[..., None]
+    """(head, args, logits)."""
+
+
+class Host:
+    """A model and its decoder. Holds both weakly, so that a run does not keep its model alive."""
+
+    decoder: weakref.ref[nn.Module]
+    """The decoder, as long as it lives."""
+    family: str
+    """The model's class and its adapter, for messages."""
+    config: Any
+    """Of the decoder."""
+    layers: list[nn.Module]
+    """Those of the decoder that it runs, as they are without torch.compile."""
+    shape: cost.DecoderShape
+    """For costs: what the configuration says, as far as it was measured to be true."""
+    unlike: str
+    """Why the FLOPs of `shape` are not to be believed; empty if they are."""
+    cached: list[int] | None
+    """Elements that each layer's KV cache holds per token; None where they were not measured."""
+    cache_bytes: int
+    """Of one such element."""
+    implementation: str
+    """Of the attention below the tap, as transformers names it."""
+    facts: DecoderFacts
+    """What each forward has to know of the decoder."""
+    has_head: bool
+    """Whether the model makes logits."""
+    turn_ends: tuple[int, ...]
+    """Token ids that end a turn of the chat."""
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
         text: Any = uncompiled(adapter.text_model(model))
         self._model, self.decoder, self.adapter = weakref.ref(model), weakref.ref(text), adapter
         self.family = f"{type(model).__name__} ({adapter.name})"
-        self.config: Any = text.config
+        self.config = text.config
         prove_names(self.family, model, self.config)
         self.layers = [uncompiled(layer) for layer in text.layers[: self.config.num_hidden_layers]]
         refuse_model(self.family, self.config)
         self._shapes, self.unlike = cost.DecoderShape.candidates(self.config)
         self.shape = self._shapes[0]
-        self.cached: list[int] | None = None
+        self.cached = None
         self.cache_bytes = next(text.parameters()).element_size()
         attention = {
             module: number
@@ -86,11 +120,15 @@ class Host:
             for module in layer.modules()
             if getattr(module, "layer_idx", None) is not None and hasattr(module, "config")
         }
-        self.attention = {number: module for module, number in attention.items()}
-        self.modules = {id(module): number for module, number in attention.items()}
-        self.group = head_group(self.layers[0])
         # A copy of an attached model is dense, but its configuration still names the tap.
         self.implementation = str(self.config._attn_implementation).removeprefix(tap.PREFIX)
+        self.facts = DecoderFacts(
+            {id(module): number for module, number in attention.items()},
+            {number: module for module, number in attention.items()},
+            self.implementation,
+            self.config,
+            head_group(self.layers[0]),
+        )
         # Each step of decoding looks: a configuration's own attributes take ten times as long.
         self._settings, self._tapped = vars(self.config), tap.PREFIX + self.implementation
         head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
@@ -154,24 +192,26 @@ class Host:
             pairs[number] = pair
         return pairs
 
-    def install(self, run: Any, pairs: dict[int, FfnPair]) -> None:
-        """Tap the attention, prove `pairs`, and hook the run's methods; all undone again if anything fails."""
+    def install(
+        self, entries: EntryPoints, pairs: dict[int, FfnPair], strategies: Sequence[Strategy], budget: Budget | None
+    ) -> None:
+        """Tap the attention, prove `pairs`, and put on the hooks; all undone again if anything fails."""
         tap.tapped(self.implementation)
         try:
             with _tapping:
                 _hosts.add(self)
                 # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
                 self.config._attn_implementation_internal = self._tapped
-            measured = prove(self.text, self.family, self.implementation, self.layers, pairs, self.modules)
-            reading = [strategy.name for strategy in run.strategies if strategy.capabilities.attention]
+            measured = prove(self.text, self.family, self.implementation, self.layers, pairs, self.facts.modules)
+            reading = [strategy.name for strategy in strategies if strategy.capabilities.attention]
             if reading and measured.beside:
                 raise UnsupportedError(
                     f"{self.family}: {reading[0]} reads attention, and importance is not defined for attention with "
                     f"{', '.join(measured.beside)}"
                 )
-            self._learn(measured, run.budget)
-            self._hook(run)
-            for module in self.attention.values():
+            self._learn(measured, budget)
+            self._hook(entries)
+            for module in self.facts.attention.values():
                 module.__dict__[tap.ATTACHED] = True
         except BaseException:
             self.uninstall()
@@ -179,7 +219,7 @@ class Host:
 
     def _learn(self, measured: Measured, budget: Budget | None) -> None:
         """Believe what was measured. UnsupportedError for a budget in a unit that `shape` gets wrong."""
-        if self.group is not None:
+        if self.facts.group is not None:
             if self.unlike:  # One rank does not see the whole.
                 raise UnsupportedError(self.unlike)
             return
@@ -216,21 +256,23 @@ class Host:
             _hosts.discard(self)
             if not any(host.config is self.config for host in _hosts):
                 self.config._attn_implementation_internal = self.implementation
-        for module in self.attention.values():
+        for module in self.facts.attention.values():
             module.__dict__.pop(tap.ATTACHED, None)
 
-    def _hook(self, run: Any) -> None:
+    def _hook(self, entries: EntryPoints) -> None:
         model, text, handles = self.model, self.text, self._handles
-        handles.append(text.register_forward_pre_hook(Hook(run, "begin", text), with_kwargs=True))
-        handles.append(text.register_forward_hook(Hook(run, "end", text), with_kwargs=True, always_call=True))
+        handles.append(text.register_forward_pre_hook(Hook(entries.before_decoder, text), with_kwargs=True))
+        handles.append(
+            text.register_forward_hook(Hook(entries.after_decoder, text), with_kwargs=True, always_call=True)
+        )
         for outer in (model, getattr(model, "model", None)):  # The modules around the decoder that see the prompt.
             if isinstance(outer, nn.Module) and outer is not text:
                 handles.append(
-                    outer.register_forward_pre_hook(Hook(run, "note_prompt", outer, outer is model), with_kwargs=True)
+                    outer.register_forward_pre_hook(Hook(entries.before_model, outer, outer is model), with_kwargs=True)
                 )
         head = None if self._head is None else self._head()
         if head is not None:
-            handles.append(head.register_forward_hook(Hook(run, "note_head", head)))
+            handles.append(head.register_forward_hook(Hook(entries.after_head, head)))
 
 
 _hosts: weakref.WeakSet[Host] = weakref.WeakSet()

@@ -8,11 +8,12 @@ configuration names it as long as a pipeline is attached, because a graph compil
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -28,6 +29,22 @@ UNREADABLE = ("softcap", "s_aux", "position_bias")
 """Arguments of an attention that is not a softmax of scaled products alone: importance is not defined there."""
 ATTACHED = "_tokenreduce_attached"
 """An attribute that attention modules have while a pipeline is attached."""
+
+
+@dataclass(frozen=True)
+class DecoderFacts:
+    """What a forward has to know of the decoder whose attention comes by."""
+
+    modules: Mapping[int, int]
+    """id of each attention module, and its layer."""
+    attention: Mapping[int, nn.Module]
+    """The attention module of each layer."""
+    implementation: str
+    """Of the attention below the tap, as transformers names it."""
+    config: Any
+    """The decoder's configuration."""
+    group: Any
+    """The process group over which the attention heads are sharded; None if they are not."""
 
 
 def tapped(implementation: str) -> str:
@@ -53,13 +70,13 @@ def _tap(implementation: str) -> Attention:
         getattr(module, ATTACHED, False)
         forward = running.forward
         layer = None if forward is None or forward.idle else forward.attention_layer(module)
-        if layer is None:
+        if forward is None or layer is None:
             return base(module, query, key, value, attention_mask, **kwargs)
         attend = forward.attend
         if torch.compiler.is_compiling() and not forward.traced:
             # Only a part of a layer is compiled.
             attend = torch.compiler.disable(attend)
-        return attend(layer, base, module, query, key, value, attention_mask, kwargs)  # type: ignore[no-any-return]
+        return attend(layer, base, module, query, key, value, attention_mask, kwargs)
 
     return attention
 

@@ -19,6 +19,7 @@ from tokenreduce.engine.forward.call import Call
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.forward.state import Forward
 from tokenreduce.engine.model.host import unwrapped
+from tokenreduce.engine.model.tap import DecoderFacts
 from tokenreduce.engine.refusals import check_ran, refuse_call, refuse_mode
 from tokenreduce.engine.run import Run
 from tokenreduce.engine.streaming.progress import Ledger
@@ -76,8 +77,8 @@ class Piece:
 class _PieceForward(Forward):
     """The forward of a piece: its tokens have been reduced before they came."""
 
-    def __init__(self, piece: Piece, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, piece: Piece, batch: Batch, layers: list[TokenLayer], facts: DecoderFacts) -> None:
+        super().__init__(batch, layers, facts)
         self.states, self.logical = piece.states, piece.logical
         # The rotary tables that come are those of the survivors, but masks and caches are the engine's to make.
         self.batch.index = torch.arange(self.batch.width, device=piece.place.device)[None]
@@ -255,11 +256,11 @@ class Stream(Run):
         finally:
             self._local.piece = None
 
-    def begin(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Before the decoder: the forward of a piece, or of a later turn as in any run."""
+    def _begin(self, text: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The forward of a piece, or of a later turn as in any run."""
         piece: Piece | None = getattr(self._local, "piece", None)
         if piece is None:
-            return super().begin(text, args, kwargs)
+            return super()._begin(text, kwargs)
         self._ready(kwargs)
         call = replace(Call.read(kwargs, None), width=piece.logical)
         refuse_call(self.host.family, self.host.config, call)
@@ -281,21 +282,18 @@ class Stream(Run):
         sequence = TokenSequence(0, columns, nothing, nothing, nothing, columns < 0, 0, conductor)
         sequence.alive = sequence.attended = piece.place
         sequence.size, sequence.whole = piece.size, False
-        forward = _PieceForward(
-            piece, batch=Batch([sequence], len(piece.place), None, 0), layers=self._cached, modules=self.host.modules,
-            implementation=self.host.implementation, config=self.host.config, group=self.host.group,
-        )  # fmt: skip
+        forward = _PieceForward(piece, Batch([sequence], len(piece.place), None, 0), self._cached, self.host.facts)
         self._ledger.before(self._cached)
         self._active.start(forward)
-        return args, kwargs
+        return kwargs
 
-    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the decoder; after the last piece, write the trace."""
         piece: Piece | None = getattr(self._local, "piece", None)
         forward = self._active.current()
         if piece is None or forward is None or self._local.refused:
-            return super().end(module, args, kwargs, output)
-        self._active.end()
+            return super()._after_decoder(module, args, kwargs, output)
+        self._end()
         if output is None:
             return None
         check_ran(self.host.family, self.shape.layers, forward.sequences)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tokenreduce.adapter import VisionTower
 from tokenreduce.engine.forward.looks import notify_observers
 from tokenreduce.engine.model.callers import encoding
-from tokenreduce.engine.model.gate import Gate
 from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.engine.model.host import Host
+from tokenreduce.engine.model.leases import Leases
 from tokenreduce.engine.tower.frames import Frames, frames_of_call, map_tensors, pixels_of, tensors, video_lengths
 from tokenreduce.errors import NotFiredError, PipelineError, PluginError, UnsupportedError
 from tokenreduce.plugin_checks import check_reduction, decide_with, lent, reduction_of, vision_sites_of
@@ -48,18 +48,10 @@ class _TowerCall:
 
 
 class NoTower:
-    """A pipeline without stages in the vision tower.
-
-    modules: the tower, if there are any. busy: the threads that run it now, by their identifiers. gate: where calls of it, and
-    of the decoder, begin. installed: whether the hooks are on.
-    """
+    """A pipeline without stages in the vision tower."""
 
     modules: Sequence[nn.Module] = ()
-    installed = False
-
-    def __init__(self) -> None:
-        self.busy: set[int] = set()
-        self.gate = Gate()
+    """The tower, if there are any."""
 
     def install(self) -> None:
         """Put the hooks on."""
@@ -78,9 +70,10 @@ class NoTower:
 class TowerHooks(NoTower):
     """The vision stages of a pipeline on one tower."""
 
-    def __init__(self, tower: VisionTower | None, strategies: Sequence[VisionStrategy], host: Host) -> None:
-        super().__init__()
-        self.host, family = host, host.family
+    def __init__(
+        self, tower: VisionTower | None, strategies: Sequence[VisionStrategy], host: Host, leases: Leases
+    ) -> None:
+        self.host, self.leases, family = host, leases, host.family
         if tower is None:
             raise UnsupportedError(
                 f"{family}: its adapter describes no vision tower, so the stage {strategies[0].name} cannot act; leave out the "
@@ -114,19 +107,16 @@ class TowerHooks(NoTower):
 
     def install(self) -> None:
         """Put the hooks on."""
-        tower, self.installed = self.tower.module, True
-        self._handles.append(tower.register_forward_pre_hook(Hook(self, "enter", tower), with_kwargs=True))
-        self._handles.append(
-            tower.register_forward_hook(Hook(self, "leave", tower), with_kwargs=True, always_call=True)
-        )
+        tower = self.tower.module
+        self._handles.append(tower.register_forward_pre_hook(Hook(self.enter, tower), with_kwargs=True))
+        self._handles.append(tower.register_forward_hook(Hook(self.leave, tower), with_kwargs=True, always_call=True))
         for number in self.blocks:
             block = self.tower.blocks[number]
-            hook = Hook(self, "enter_block", block, number)
+            hook = Hook(self.enter_block, block, number)
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
-        self.installed = False
         remove_handles(self._handles)
 
     def take_events(self) -> list[StageTrace]:
@@ -157,11 +147,8 @@ class TowerHooks(NoTower):
                 f"{self.family}: output_attentions of a vision tower with stages in it is not supported"
             )
         frames = frames_of_call(self.tower, self.family, args, kwargs)
-        with self.gate.lock:
-            self.gate.passed()
-            if not self.installed:  # Taken off while this call began.
-                return None
-            self.busy.add(threading.get_ident())
+        if not self.leases.hold("tower"):
+            return None
         self._local.call = _TowerCall(frames)
         for strategy in self._at(INPUT):
             groups = [video for group in frames.groups for video in self._videos(strategy, group)]
@@ -251,7 +238,7 @@ class TowerHooks(NoTower):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After the tower: put everything back. Also called when it raised, with None."""
         call, self._local.call = getattr(self._local, "call", None), None
-        self.busy.discard(threading.get_ident())
+        self.leases.end("tower")
         if call is None or output is None:
             return None
         for strategy, sites in self.sites.items():

@@ -77,8 +77,8 @@ class Signals(NoSignals):
                 module.__dict__[RECORDER] = weakref.ref(self)
         for config in self.configs:
             config._attn_implementation_internal = name
-        self._handles.append(tower.register_forward_pre_hook(Hook(self, "enter", tower), with_kwargs=True))
-        self._handles.append(tower.register_forward_hook(Hook(self, "leave", tower)))
+        self._handles.append(tower.register_forward_pre_hook(Hook(self.enter, tower), with_kwargs=True))
+        self._handles.append(tower.register_forward_hook(Hook(self.leave, tower)))
 
     def remove(self) -> None:
         """Stop listening."""
