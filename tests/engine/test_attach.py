@@ -346,3 +346,22 @@ def test_a_pipeline_that_keeps_all_changes_no_bit(preset: str, attention: str) -
         for ours, theirs in zip(generate(model, tokens=tokens).logits, generated, strict=True):
             assert torch.equal(ours, theirs)
         assert run.trace.relative_tokens == [1.0]
+
+
+def test_a_model_whose_dtype_changes_while_attached_is_counted_as_it_is() -> None:
+    """A budget in bytes is kept, and the trace tells the truth, whatever dtype the model has at the forward."""
+    model = tiny_model()
+    limit = int(0.8 * held_bytes(model))
+    model.to(torch.bfloat16)
+    with tr.reduce(model, "fastv", budget={"kv_cache": f"{limit}B"}, layout=layout()) as run:
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            model.to(dtype)
+            held = held_bytes(model)
+            assert run.trace.kv_bytes == held, dtype
+            assert held <= limit, dtype
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of keys and values after a prefill."""
+    cache = model(input_ids=prompt(), use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

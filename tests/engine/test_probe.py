@@ -201,3 +201,21 @@ def test_flex_attention_is_measured() -> None:
     model = tiny_model("flex_attention")
     with tr.reduce(model, "fastv", budget={"flops": 0.9}, layout=layout()) as run:
         assert run.host.cached == [2 * model.config.num_key_value_heads * run.shape.head_dim] * run.shape.layers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_said_to_be_so(value: float) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
+    kind = "NaN" if value != value else "infinite"
+    with pytest.raises(
+        UnsupportedError, match=rf"{kind} values are in its weights, first in layers\.1\.mlp\.down_proj"
+    ):
+        prove(model)
+
+
+def test_numbers_that_overflow_are_not_blamed_on_the_adapter() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(3e38)
+    with pytest.raises(UnsupportedError, match=r"what comes out of the FFN of layer 1 is not finite .* wider dtype"):
+        prove(model)

@@ -91,8 +91,6 @@ class Host:
     """Why the FLOPs of `shape` are not to be believed; empty if they are."""
     cached: list[int] | None
     """Elements that each layer's KV cache holds per token; None where they were not measured."""
-    cache_bytes: int
-    """Of one such element."""
     implementation: str
     """Of the attention below the tap, as transformers names it."""
     facts: DecoderFacts
@@ -113,7 +111,6 @@ class Host:
         self._shapes, self.unlike = cost.DecoderShape.candidates(self.config)
         self.shape = self._shapes[0]
         self.cached = None
-        self.cache_bytes = next(text.parameters()).element_size()
         attention = {
             module: number
             for number, layer in enumerate(self.layers)
@@ -150,6 +147,11 @@ class Host:
         text: nn.Module | None = self.decoder()
         assert text is not None, "a hook ran, so its model lives"
         return text
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one element of the KV cache as the model is now: `model.to(dtype)` may come after attaching."""
+        return next(self.text.parameters()).element_size()
 
     def check_decoder(self, model: nn.Module) -> None:
         """AttachError where `model`, the whole one, has another decoder now: it would run dense, and say nothing."""

@@ -144,12 +144,30 @@ def prove_decoder(
             "could not be corrected"
         )
     for number, note in seen.items():
+        if set(note) == {"x", "y", "out"} and not all(bool(note[part].isfinite().all()) for part in ("x", "y", "out")):
+            raise UnsupportedError(_not_finite(family, text, number, note))
         if set(note) != {"x", "y", "out"} or not torch.equal(note["x"] + note["y"], note["out"]):
             raise UnsupportedError(
                 f"{family}: layer {number} is not x + FFN(x) with the pair its adapter names, so stages at site pre_ffn would be "
                 "silently wrong; state the right pair in the adapter's ffn_pair(), or use stages at pre_attention"
             )
     return meter.measured(TOKENS, cache, sorted(spy.beside))
+
+
+def _not_finite(family: str, text: nn.Module, number: int, note: Mapping[str, Tensor]) -> str:
+    """Why nothing can be proved of a layer: where the first NaN or infinity is, or where it came up."""
+    for name, tensor in (*text.named_parameters(), *text.named_buffers()):
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
+            kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+            return (
+                f"{family}: {kind} values are in its weights, first in {name}, so that its answers mean nothing; load the "
+                "checkpoint again, or get a whole copy of it"
+            )
+    where = "what comes into" if not bool(note["x"].isfinite().all()) else "what comes out of"
+    return (
+        f"{family}: {where} the FFN of layer {number} is not finite (NaN or infinite) in {note['out'].dtype}, though all weights "
+        "are; load it in a wider dtype, such as bfloat16 or float32"
+    )
 
 
 def _counts(module: nn.Module) -> dict[str, Any]:
