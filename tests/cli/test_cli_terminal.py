@@ -115,7 +115,7 @@ def test_run_at_every_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sho
 
     arms: list[Any] = []
     monkeypatch.setattr(
-        _report, "write_folder", lambda folder, model, inputs, found, asking: arms.extend(found) or [f"wrote {folder}"]
+        _report, "save_folder", lambda folder, model, inputs, found, asking: arms.extend(found) or [f"wrote {folder}"]
     )
     with terminal(monkeypatch, 80) as text:
         arguments = ["run", "demo", "--pipeline", "framefusion_end_to_end", "--repeats", "1", "--new-tokens", "1"]

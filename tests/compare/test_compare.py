@@ -209,7 +209,7 @@ def test_compare_runs_and_goes_on(tmp_path: Path, clip: str, capsys: Captured, m
     for other, named in (
         (["--seed", "2"], "seed is 1 there and 2 here"),
         (["--budget", "0.4"], "arms is"),
-        (["--size", "2"], "task is"),
+        (["--size", "2"], "task size is 1 there and 2 here"),
     ):
         assert main(command + other) == 2
         captured = capsys.readouterr()

@@ -33,10 +33,10 @@ def run_command(
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be new. Default: runs/NAME.")] = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=0.001, max=1e6, help="Frames per second to sample, or of frame files. Default: 1."),
+        typer.Option(max=1e6, help="Frames per second to sample, or of frame files. Default: 1."),
     ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="Frames at most. Default: 64; for the embedded model 32.")
+        int | None, typer.Option(max=100_000, help="Frames at most. Default: 64; for the embedded model 32.")
     ] = None,
     allow_truncated: Annotated[
         bool, typer.Option("--allow-truncated", help="Go on with what is there of a file that broke off.")
@@ -134,4 +134,4 @@ def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: 
                 what = f"{stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}"
                 print_prose(f"{arm.name}: {what}", indent="  ")
         if not arm.finite:
-            print(f"{arm.name}: its logits are not finite (NaN or infinite), so that its answer means nothing")
+            print_prose(f"{arm.name}: its logits are not finite (NaN or infinite), so that its answer means nothing")

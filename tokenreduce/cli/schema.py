@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokenreduce.cli._output import write_new
+from tokenreduce.cli._output import print_prose, write_new
 
 
 def schema_command(
@@ -32,4 +32,4 @@ def schema_command(
         print(text)
     else:
         write_new(output, text + "\n", force=force)
-        print(f"wrote {output}")
+        print_prose(f"wrote {output}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tokenreduce.errors import plain
+
 
 def validate_command(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML files, or names of presets.")],
@@ -23,9 +25,9 @@ def validate_command(
     for file in files:
         problems = pipeline_problems(file)
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {plain(problem)}", file=sys.stderr)
         if not problems:
-            print(f"{file}: ok")
+            print(f"{plain(file)}: ok")
         failed = failed or bool(problems)
     if failed:
         raise typer.Exit(2)

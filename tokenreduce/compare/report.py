@@ -29,7 +29,7 @@ from tokenreduce.compare.tables import (
 )
 from tokenreduce.config.json_source import shown
 from tokenreduce.config.outputs import replacing, unwritable, write_file
-from tokenreduce.errors import TokenReduceError
+from tokenreduce.errors import TokenReduceError, one_line
 
 TEMPLATES = Path(__file__).with_name("templates")
 SUMMARY, PAGE, MARKDOWN, PARQUET = "summary.json", "report.html", "report.md", "results.parquet"
@@ -214,6 +214,14 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         return False
     # A Parquet struct needs a field, and tasks without conditions have an empty cell.
     plain = [{**row, "cell": json.dumps(row["cell"])} for row in rows]
+    try:
+        table = pyarrow.Table.from_pylist(plain)
+    except (
+        pyarrow.ArrowException,
+        OverflowError,
+    ) as error:  # Fields of another version, which differ in kind from row to row.
+        warnings.warn(f"{path.name} is left out: {one_line(error, 200)}", stacklevel=2)
+        return False
     with replacing(path) as part:
-        parquet.write_table(pyarrow.Table.from_pylist(plain), part)
+        parquet.write_table(table, part)
     return True

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-(2**62), le=2**62)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
 
 
 class _Stored(BaseModel):
@@ -35,6 +35,9 @@ class StoredSettings(_Stored):
     new_tokens: Count = 0
     task: dict[str, Any] = {}
     models: dict[str, str] = {}
+    code: dict[str, str] | None = None
+    environment: dict[str, str] | None = None
+    files: dict[str, dict[str, str]] | None = None
 
     @model_validator(mode="after")
     def _names(self) -> StoredSettings:
@@ -81,6 +84,10 @@ class StoredRow(_Stored):
     index: Count
     arm: str
     id: str
+    question: str = ""
+    reply: str = ""
+    worker: str = ""
+    ran_on: str = ""
     said: str
     expected: str
     right: bool
@@ -117,12 +124,18 @@ class StoredStrip(_Stored):
     """A strip of frames in a picture."""
 
     arm: str
-    png: str
-    reply: str = ""
-    right: bool = False
-    kept: Count = 0
-    merged: Count = 0
-    dropped: Count = 0
+    png: str = Field(pattern=r"^[A-Za-z0-9+/]*=*$")
+    reply: str | None = None
+    right: bool | None = None
+    kept: Count | None = None
+    merged: Count | None = None
+    dropped: Count | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> StoredStrip:
+        if self.arm != "input" and None in (self.reply, self.right, self.kept, self.merged, self.dropped):
+            raise ValueError("a strip of an arm needs reply, right, kept, merged and dropped")
+        return self
 
 
 class StoredPicture(_Stored):
