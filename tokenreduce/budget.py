@@ -20,7 +20,10 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _QUANTITY = re.compile(
     r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?(?:e[0-9]{1,2})?)\s*([kmgtp]?i?)(b|bytes|flops?)?\s*", re.IGNORECASE
 )
+_FRACTION = re.compile(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*")
 _SUFFIXES = {"tokens": (), "flops": ("flop", "flops"), "kv_cache": ("b", "bytes")}
+_DENOMINATOR = 10**6
+"""A float that is the nearest one to a fraction with a denominator up to this stands for that fraction."""
 _EXAMPLES = {"tokens": "", "flops": " or an amount such as 12.5T", "kv_cache": " or an amount such as 512MiB"}
 
 
@@ -42,7 +45,10 @@ class Budget(BaseModel):
         None, description="KV cache after the prefill: a share in (0, 1], or an amount such as `512MiB`."
     )
     of: Literal["all", "vision"] = Field(
-        "all", description="Whether a share of tokens counts text too (the paper) or reducible vision tokens only."
+        "all", description="Whether tokens count text too (FrameFusion's paper) or reducible vision tokens only."
+    )
+    per: Literal["sequence", "medium"] = Field(
+        "sequence", description="`medium`: each image or video has the budget to itself, which needs `of: vision`."
     )
     arithmetic: Literal["exact", "released"] = Field(
         "exact",
@@ -64,12 +70,16 @@ class Budget(BaseModel):
         amount = self.amount
         if self.unit == "tokens" and amount > 1 and amount.denominator != 1:
             raise ValueError(f"a token budget is a share in (0, 1] or a whole number of tokens, got {float(amount):g}")
-        if not self.relative and (self.of == "vision" or self.arithmetic == "released"):
-            raise ValueError("`of: vision` and `arithmetic: released` need a budget that is a share in (0, 1]")
+        if not self.relative and self.arithmetic == "released":
+            raise ValueError("`arithmetic: released` needs a budget that is a share in (0, 1]")
         if self.unit == "flops" and (self.of == "vision" or self.arithmetic == "released"):
             raise ValueError("`of: vision` and `arithmetic: released` go with tokens or kv_cache, not with flops")
         if self.arithmetic == "released" and self.of != "vision":
             raise ValueError("`arithmetic: released` counts vision tokens: add `of: vision`")
+        if self.per == "medium" and self.of != "vision":
+            raise ValueError("`per: medium` counts the vision tokens of each image or video: add `of: vision`")
+        if self.per == "medium" and self.arithmetic == "released":
+            raise ValueError("`per: medium` goes with `arithmetic: exact`: the released code has one budget for all")
         return self
 
     @property
@@ -91,13 +101,19 @@ class Budget(BaseModel):
 
     @classmethod
     def parse(cls, value: Any) -> Budget:
-        """A Budget from a Budget, a share in (0, 1] (of tokens), or a mapping. Raises BudgetError."""
+        """A Budget from a Budget, a share in (0, 1] (of tokens), a mapping, or text. Raises BudgetError.
+
+        Text is what a command line can say: a share, an amount whose unit tells what is meant (`512MiB`, `12.5TFLOPs`), or the
+        fields of a mapping, such as `flops=0.25` and `tokens: 192, of: vision`.
+        """
         if isinstance(value, Budget):
             return value
         if value is None:
             raise BudgetError(
                 "budget: expected a share in (0, 1] such as 0.3, or a mapping such as {tokens: 0.3}, got None"
             )
+        if isinstance(value, str) and not is_share(value):
+            value = _read(value)
         if isinstance(value, Mapping):
             unknown = [key for key in value if key not in cls.model_fields]
             if unknown:
@@ -119,7 +135,57 @@ class Budget(BaseModel):
 
     def __str__(self) -> str:
         value = getattr(self, self.unit)
-        return f"{self.unit} {value}{' of vision tokens' if self.of == 'vision' else ''}"
+        whose = " of vision tokens" if self.of == "vision" else ""
+        return f"{self.unit} {value}{whose}{' of each image or video' if self.per == 'medium' else ''}"
+
+
+def is_share(value: Any) -> bool:
+    """Whether `value` is a bare number, as a share is, and not an amount with its unit or a mapping."""
+    if isinstance(value, str):
+        found = _QUANTITY.fullmatch(value)
+        return (found is not None and not (found[2] or found[3])) or _FRACTION.fullmatch(value) is not None
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _read(text: str) -> Any:
+    """The mapping that `text` stands for; `text` itself where it is none."""
+    inside = text.strip().removeprefix("{").removesuffix("}")
+    fields = [re.split(r"[:=]", part, maxsplit=1) for part in inside.split(",")]
+    if all(len(field) == 2 for field in fields):
+        read = {name.strip(): value.strip() for name, value in fields}
+        if len(read) < len(fields):
+            raise BudgetError(f"budget: {text!r:.80} says one field twice")
+        return {name: _plain(value) for name, value in read.items()}
+    found = _QUANTITY.fullmatch(text)
+    suffix = (found[3] or "").lower() if found else ""
+    unit = next((unit for unit, suffixes in _SUFFIXES.items() if suffix and suffix in suffixes), None)
+    if unit is None and found:
+        raise BudgetError(f"budget: {text!r:.80} of what? Write kv_cache={text.strip()} or flops={text.strip()}")
+    return text if unit is None else {unit: text}
+
+
+def _plain(text: str) -> int | float | str:
+    """The number in `text`, if it is a bare one."""
+    if text.isascii() and text.isdigit() and len(text) < 30:
+        return int(text)
+    return float(_number(text, "tokens")) if is_share(text) else text
+
+
+def in_bytes(count: int) -> str:
+    """`count` bytes for people, rounded up, as a budget may be written: `3.416MiB`."""
+    return _scaled(count, [("MiB", 2**20), ("KiB", 2**10)], "B")
+
+
+def in_flops(count: int) -> str:
+    """`count` FLOPs for people, rounded up, as a budget may be written: `12.346GFLOPs`."""
+    return _scaled(count, [("GFLOPs", 10**9), ("MFLOPs", 10**6), ("kFLOPs", 10**3)], "FLOPs")
+
+
+def _scaled(count: int, scales: list[tuple[str, int]], unit: str) -> str:
+    for name, scale in scales:
+        if 10 * count >= scale:
+            return f"{math.ceil(Fraction(1000 * count, scale)) / 1000:.15g}{name}"
+    return f"{count}{unit}"
 
 
 def _number(value: Any, unit: str) -> Fraction:
@@ -128,7 +194,10 @@ def _number(value: Any, unit: str) -> Fraction:
         raise BudgetError(f"budget {unit}: expected a number, got {value!r:.80}")
     if isinstance(value, float) and not math.isfinite(value):
         raise BudgetError(f"budget {unit}: expected a finite number above 0, got {value}")
-    if isinstance(value, str):
+    fraction = _FRACTION.fullmatch(value) if isinstance(value, str) else None
+    if fraction is not None and int(fraction[2]):
+        number = Fraction(int(fraction[1]), int(fraction[2]))
+    elif isinstance(value, str):
         match = _QUANTITY.fullmatch(value)
         scale = (_BINARY | _SCALES).get(match[2].lower()) if match else None
         suffix = (match[3] or "").lower() if match else ""
@@ -140,7 +209,13 @@ def _number(value: Any, unit: str) -> Fraction:
         if 0 < number <= 1 and (match[2] or suffix):
             raise BudgetError(f"budget {unit}: {value!r} is next to nothing; a share is written without a unit")
     else:
-        number = Fraction(value if isinstance(value, int) else repr(float(value)))
+        number = Fraction(value) if isinstance(value, int) else _meant(float(value))
     if number <= 0:
         raise BudgetError(f"budget {unit}: expected a number above 0, got {value!s:.80}")
     return number
+
+
+def _meant(value: float) -> Fraction:
+    """The fraction that was written: 1/3 for 192/576, 3/10 for 0.3, not their binary neighbours."""
+    near = Fraction(value).limit_denominator(_DENOMINATOR)
+    return near if float(near) == value else Fraction(repr(value))

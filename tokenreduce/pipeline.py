@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Mapping
 from functools import partial
+from html import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from tokenreduce import plugins
-from tokenreduce.budget import Budget
+from tokenreduce.budget import Budget, is_share
 from tokenreduce.config.json_source import exists
 from tokenreduce.config.problems import KnownFields, describe, problem
 from tokenreduce.config.versions import PIPELINE, too_new
@@ -20,6 +21,7 @@ from tokenreduce.config.yaml_source import MAX_DEPTH, MAX_NODES, Loc, Source, is
 from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError, call_plugin, nearest, one_line
 from tokenreduce.layout import MarkerPolicy
 from tokenreduce.strategy import VISION_ORDER, AnyStageConfig, Strategy
+from tokenreduce.trace import html_table
 from tokenreduce.vision import VisionStrategy
 
 
@@ -91,6 +93,10 @@ class Pipeline(BaseModel):
         description="What may remain: a share of the tokens such as 0.3, or one of `tokens`, `flops`, `kv_cache`. "
         "Without it, each stage must say itself how much it keeps.",
     )
+    on_infeasible: Literal["refuse", "least"] = Field(
+        "refuse",
+        description="Where an input cannot meet the budget: `refuse` it, or go as low as possible and say so (`least`).",
+    )
     newlines: MarkerPolicy = Field(
         "merge", description="Learned separator embeddings between rows of patches: `merge` treats them like patches."
     )
@@ -134,9 +140,30 @@ class Pipeline(BaseModel):
         and how it is rounded stay the method's. Raises BudgetError.
         """
         asked, own = Budget.parse(budget), self.budget
-        if isinstance(budget, (int, float, str)) and own is not None and own.tokens is not None and own.relative:
+        if is_share(budget) and own is not None and own.tokens is not None and own.relative:
             asked = own.model_copy(update={"tokens": asked.tokens})
         return self.model_copy(update={"budget": asked})
+
+    def where_infeasible(self, choice: str) -> Pipeline:
+        """The same pipeline that does `choice`, `refuse` or `least`, where a budget cannot be met. PipelineError for others."""
+        if choice not in ("refuse", "least"):
+            raise PipelineError(f"on_infeasible: expected refuse or least, got {short(choice)}")
+        return self.model_copy(update={"on_infeasible": choice})
+
+    def __repr__(self) -> str:
+        stages = " → ".join(_brief(stage) for stage in self.stages) or "no stages"
+        return f"<Pipeline {self.name}, budget {self.budget or 'none'}: {stages}>"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (place, stage.strategy, _said(stage) or "as by default") for place, stage in enumerate(self.stages, start=1)
+        ]
+        lines = [f"pipeline {self.name}, budget {self.budget or 'none'}", self.description, self.source]
+        head = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+        return head + html_table(["", "stage", "fields"], rows)
 
     def to_yaml(self) -> str:
         """YAML that `load_pipeline` takes for the same pipeline. Fields at their defaults are left out."""
@@ -152,6 +179,17 @@ class Pipeline(BaseModel):
             for stage in self.stages
         ]
         return write_yaml({"name": self.name, **data, "stages": stages})
+
+
+def _said(stage: AnyStageConfig) -> str:
+    """The fields of a stage that are not at their defaults."""
+    fields = stage.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return ", ".join(f"{name}: {value}" for name, value in fields.items() if name != "strategy")
+
+
+def _brief(stage: AnyStageConfig) -> str:
+    said = _said(stage)
+    return f"{stage.strategy} ({said})" if said else stage.strategy
 
 
 def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:

@@ -243,6 +243,7 @@ class StageContext:
     tower_source: Callable[[str, int], Tensor] | None = None
     per_medium: int | None = None
     """Where the stage says `keep: {tokens: …, per: medium}`: how many tokens of each image or video stay."""
+    settle_source: Callable[[int, str], int] | None = None
 
     @property
     def n(self) -> int:
@@ -322,6 +323,15 @@ class StageContext:
         least: what it could leave here (reducible tokens; at `kv` sites, tokens in all). reason: why not less, in a clause.
         """
         return BudgetError(reason) if self.refusal_source is None else self.refusal_source(least, reason)
+
+    def at_least(self, least: int, reason: str) -> int:
+        """`least`, where the strategy cannot go down to its allowance and the stages after it can make up for that.
+
+        least, reason: as in `refusal`, which is raised where they cannot. A pipeline with `on_infeasible: least` never refuses.
+        """
+        if self.settle_source is None:
+            raise self.refusal(least, reason)
+        return self.settle_source(least, reason)
 
     def attention(
         self,
@@ -460,6 +470,26 @@ class StageContext:
         return torch.rand(last, generator=generator).to(self.position.device)[self.position]
 
 
+@dataclass(frozen=True)
+class Contents:
+    """How the reducible tokens of a sequence lie in its frames: what bounds merging and the choice of whole frames."""
+
+    frames: int
+    """Frames with a reducible token, of all images and videos."""
+    slots: int
+    """Tokens without a counterpart in an earlier frame: no merge between frames leaves fewer."""
+    first_frame: int
+    """Tokens of the first frame."""
+    largest_frame: int
+    """Tokens of the largest frame."""
+
+    @classmethod
+    def even(cls, reducible: int, frames: int) -> Contents:
+        """Frames of one size."""
+        size = -(-reducible // max(frames, 1))
+        return cls(frames, size, size, size)
+
+
 @dataclass
 class CountView:
     """What is known of a sequence before there are tensors: counts only. See `Strategy.forecast`.
@@ -478,6 +508,38 @@ class CountView:
     similar: float = 0.5
     frames: int = 1
     reading: Callable[[Queries], None] | None = None
+    contents: Contents | None = None
+    settle_source: Callable[[int, str], int] | None = None
+
+    @property
+    def unmatched(self) -> int:
+        """Reducible tokens that have no counterpart in an earlier frame: the least that merging between frames leaves.
+
+        After a stage that chose by content it may be fewer: as few as can be if all are taken to be `similar`, else as many.
+        """
+        known = self.contents
+        if known is None:
+            return min(self.reducible_count, 1)
+        if self.similar == 1 and self.reducible_count < self.original_reducible:
+            return -(-self.reducible_count // known.frames)
+        return min(self.reducible_count, known.slots)
+
+    @property
+    def whole_frame(self) -> int:
+        """Reducible tokens of the first frame that is left; of the largest, where an earlier stage chose by content."""
+        known = self.contents
+        if known is None:
+            return min(self.reducible_count, 1)
+        untouched = self.reducible_count == self.original_reducible
+        if self.similar == 1 and not untouched:
+            return -(-self.reducible_count // known.frames)
+        return min(self.reducible_count, known.first_frame if untouched else known.largest_frame)
+
+    def at_least(self, least: int, reason: str) -> int:
+        """As StageContext.at_least."""
+        if self.settle_source is None:
+            return least
+        return self.settle_source(least, reason)
 
     def attention(self, queries: Queries = "last") -> None:
         """To be called where `decide` reads attention: a budget of FLOPs has to pay for it. queries: of chosen rows, how many."""

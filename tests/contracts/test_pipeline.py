@@ -120,7 +120,7 @@ def test_errors_say_where_what_and_the_remedy(tmp_path: Path, text: str, line: s
         ("{tokns: 0.3}", "bad.yaml:1:10: budget.tokns: unknown field; did you mean 'tokens'?"),
         (
             "{latency: 0.3}",
-            "bad.yaml:1:10: budget.latency: unknown field (known: arithmetic, flops, kv_cache, of, tokens)",
+            "bad.yaml:1:10: budget.latency: unknown field (known: arithmetic, flops, kv_cache, of, per, tokens)",
         ),
         ("{tokens: true}", "bad.yaml:1:18: budget.tokens: expected a number"),
         ("{tokens: 0.3, flops: 0.3}", "bad.yaml:1:9: budget: a budget has exactly one of tokens, flops, kv_cache"),

@@ -30,7 +30,7 @@ HELP = """Reduce the vision tokens of video language models, and see what it cos
 
 \b
 Examples:
-  tokenreduce run clip.mp4 --question "What happens?" --pipeline framefusion --budget 0.3
+  tokenreduce run demo --pipeline framefusion --budget 0.3
   tokenreduce plan framefusion --model llava-video-7b --frames 64
   tokenreduce presets
   tokenreduce validate my_pipeline.yaml

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenreduce.errors import MediaError
 from tokenreduce.media.reader import local_path
 from tokenreduce.media.video import FPS, MAX_FRAMES, VideoClip, VideoInfo, check_sampling, video_info
-from tokenreduce.testbed.embedded import EMBEDDED
+from tokenreduce.testbed.embedded import EMBEDDED, unread
 from tokenreduce.testbed.embedded import MAX_FRAMES as EMBEDDED_FRAMES
 
 DEMO = "demo"
@@ -57,6 +57,11 @@ class Asking:
                 self.notes.append(
                     "the embedded model has random weights: its answers mean nothing, its counts and times do"
                 )
+            warning = unread(self.question)
+            if warning:
+                self.notes.append(f"warning: {warning}")
+            elif self.expected is None and self.name != DEMO:
+                self.notes.append("the embedded model reads tiles drawn into a video; where there are none, it guesses")
             return model, self.notes
         from tokenreduce.models import load_model
 

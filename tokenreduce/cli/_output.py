@@ -21,6 +21,11 @@ GAP = "  "
 FOLDS_FROM = 20
 """Cells of a column are folded to no less than this width: below it, a record is easier to read."""
 
+BUDGET_HELP = (
+    "What remains, for all pipelines: a share (0.3), an amount (512MiB, 12.5TFLOPs), or fields: 'flops=0.25', "
+    "'tokens=192, of=vision'."
+)
+
 
 def print_json(data: Any) -> None:
     """Indented JSON on stdout, in ASCII where stdout is not UTF-8. Under --json nothing else gets there."""

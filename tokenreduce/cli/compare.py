@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loading_of
+from tokenreduce.cli._output import BUDGET_HELP
 
 if TYPE_CHECKING:
     from tokenreduce.compare.settings import Settings
@@ -29,7 +30,11 @@ def compare_command(
         typer.Option(help="`dense`, preset or YAML file; several times. Default: dense and framefusion."),
     ] = None,
     budget: Annotated[
-        list[str] | None, typer.Option(help="Share in (0, 1] that remains; several times: each pipeline with each.")
+        list[str] | None, typer.Option(help=f"{BUDGET_HELP} Several times: each pipeline with each.")
+    ] = None,
+    on_infeasible: Annotated[
+        str | None,
+        typer.Option(help="Where an example cannot meet the budget: refuse it, or go as low as possible (least)."),
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint folder or hub name; several times.")] = None,
     examples: Annotated[
@@ -131,6 +136,7 @@ def compare_command(
             task,
             arm,
             budget,
+            on_infeasible,
             model,
             examples,
             seed,
@@ -153,6 +159,7 @@ def _settings(
     task: str,
     arms: list[str] | None,
     budgets: list[str] | None,
+    on_infeasible: str | None,
     models: list[str] | None,
     examples: int | None,
     seed: int,
@@ -168,7 +175,7 @@ def _settings(
     from tokenreduce.compare.settings import Settings, baseline_name, open_task
     from tokenreduce.testbed.embedded import EMBEDDED
 
-    expanded = tuple(expand(arms or ["framefusion"], budgets or [], models or [EMBEDDED]))
+    expanded = tuple(expand(arms or ["framefusion"], budgets or [], models or [EMBEDDED], on_infeasible))
     options = {"questions": None if questions is None else str(questions), **needle}
     return Settings(
         task=task,
@@ -208,6 +215,7 @@ def _run(settings: Settings, output: Path, pictures: int, ray: str | None, gpus_
             gpus_per_worker=gpus_per_worker,
             tell=tell,
             say=say,
+            warn=voice.say,
         )
 
 

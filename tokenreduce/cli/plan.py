@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenreduce.cli._output import BUDGET_HELP
+
 if TYPE_CHECKING:
     from tokenreduce.pipeline import Pipeline
     from tokenreduce.planning.architectures import Architecture
@@ -25,7 +27,11 @@ def plan_command(
     frames: Annotated[
         int | None, typer.Option(min=1, max=10_000_000, help="Frames of the video. Default: the model's.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP)] = None,
+    on_infeasible: Annotated[
+        str | None,
+        typer.Option(help="Where an input cannot meet the budget: refuse it, or go as low as possible (least)."),
+    ] = None,
     similar: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of tokens taken to be similar to the frame before at the first merge."),
@@ -58,6 +64,7 @@ def plan_command(
     arch = arch if dtype is None else arch.with_dtype(dtype)
     loaded = [load_pipeline(source) for source in pipeline]
     loaded = loaded if budget is None else [one.with_budget(budget) for one in loaded]
+    loaded = loaded if on_infeasible is None else [one.where_infeasible(on_infeasible) for one in loaded]
     if memory is not None:
         if frames is not None or output is not None:
             raise TokenReduceError("--memory asks how many frames fit: leave out --frames and --output")
@@ -116,6 +123,8 @@ def _print(plan: Plan, similar: float) -> None:
     print_table(["layers", "tokens", "share of the input", "GFLOP/layer", "KV MiB/layer"], rows)
     print_prose(plan.summary)
     print_prose(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
+    for line in plan.remarks:
+        print_prose(line)
     for line in plan.tower:
         print_prose(f"vision tower (not in the table): {line}")
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenreduce.cli._loading import Attention, Device, DeviceMap, Dtype, loading_of
-from tokenreduce.cli._output import print_prose, print_table
+from tokenreduce.cli._output import BUDGET_HELP, print_prose, print_table
 from tokenreduce.cli._progress import progress
+from tokenreduce.cli._voice import voice
 
 if TYPE_CHECKING:
     from tokenreduce.cli._media import Asking
@@ -28,7 +29,11 @@ def run_command(
     pipeline: Annotated[
         list[str] | None, typer.Option(help="Preset or YAML file; may be given several times. Default: framefusion.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Share in (0, 1] that remains, for all pipelines.")] = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP)] = None,
+    on_infeasible: Annotated[
+        str | None,
+        typer.Option(help="Where an input cannot meet the budget: refuse it, or go as low as possible (least)."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name.")] = "embedded",
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be new. Default: runs/NAME.")] = None,
     fps: Annotated[
@@ -55,12 +60,16 @@ def run_command(
     Examples:
       tokenreduce run demo --pipeline framefusion --pipeline fastv
       tokenreduce run clip.mp4 --question "What happens?" --pipeline my.yaml --budget 0.3 --model PATH
+
+    The default model reads numbered tiles alone; ask about a video of your own with --model.
     """
     from tokenreduce.pipeline import load_pipeline
 
     pipelines = [load_pipeline(source) for source in pipeline or ["framefusion"]]
     if budget is not None:
         pipelines = [loaded.with_budget(budget) for loaded in pipelines]
+    if on_infeasible is not None:
+        pipelines = [loaded.where_infeasible(on_infeasible) for loaded in pipelines]
     from tokenreduce.cli._media import read_question
     from tokenreduce.config.outputs import give_back, reserve_folder
 
@@ -79,6 +88,7 @@ def _measure_and_write(
 ) -> None:
     from tokenreduce.compare.side_by_side import measure
     from tokenreduce.models.placement import placement_line
+    from tokenreduce.testbed.embedded import ABOUT, EMBEDDED
 
     with progress("run") as state:
         state.total = len(pipelines) + 1  # Arms; each takes a warm-up, its timed prefills, and an answer.
@@ -95,14 +105,19 @@ def _measure_and_write(
             new_tokens=new_tokens,
             decode=asking.decoder(loaded),
             progress=state.step,
+            refused=_refused,
         )
     # Before anything is written: what was measured is not lost to a full disk.
     print_prose(f"model: {asking.model} on {placement_line(loaded)}", indent="  ")
+    if asking.model == EMBEDDED:
+        print_prose(ABOUT, indent="  ")
+    for line in note:
+        voice.say(line)
     _print(arms, asking.question, asking.expected, int(inputs["input_ids"].shape[1]))
     from tokenreduce.cli._report import save_folder
 
     written = save_folder(folder, loaded, inputs, arms, asking)
-    for line in (*note, *written):
+    for line in written:
         print_prose(line, indent="  ")
 
 
@@ -129,9 +144,15 @@ def _print(arms: list[MeasuredArm], question: str, expected: str | None, width: 
     columns = ["arm", "tokens/layer", "GFLOP", "KV MiB", "LLM prefill ms", "with vision ms", "ms/token", "answer"]
     print_table(columns, rows)
     for arm in arms:
+        for line in (*arm.trace.skipped, *arm.trace.idle) if arm.trace is not None else ():
+            print_prose(f"{arm.name}: {line}", indent="  ")
         for stage in arm.trace.stages if arm.trace is not None else []:
             if stage.site.startswith("vision."):
                 what = f"{stage.strategy} at {stage.site}: {stage.before} → {stage.after} {stage.note}"
                 print_prose(f"{arm.name}: {what}", indent="  ")
         if not arm.finite:
             print_prose(f"{arm.name}: its logits are not finite (NaN or infinite), so that its answer means nothing")
+
+
+def _refused(arm: str, error: Exception) -> None:
+    voice.say(f"arm {arm} cannot run and is left out: {error}")

@@ -20,12 +20,14 @@ def validate_command(
       tokenreduce validate framefusion my_pipeline.yaml
     """
     from tokenreduce.pipeline import pipeline_problems
+    from tokenreduce.planning.feasibility import problems_without_model
 
     failed = False
     for file in files:
-        problems = pipeline_problems(file)
+        problems = pipeline_problems(file) or problems_without_model(file)
         for problem in problems:
-            print(f"error: {plain(problem)}", file=sys.stderr)
+            where = "" if str(file) in problem else f"{file}: "
+            print(f"error: {plain(where + problem)}", file=sys.stderr)
         if not problems:
             print(f"{plain(file)}: ok")
         failed = failed or bool(problems)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenreduce.budget import Budget
+from tokenreduce.budget import Budget, is_share
 from tokenreduce.errors import PipelineError
 from tokenreduce.pipeline import Pipeline, load_pipeline
 
@@ -48,14 +48,20 @@ class Arm:
         return {"name": self.name, "method": self.method, "model": self.model, "pipeline": text}
 
 
-def expand(sources: Sequence[str], budgets: Sequence[str], models: Sequence[str]) -> list[Arm]:
+def expand(
+    sources: Sequence[str], budgets: Sequence[str], models: Sequence[str], on_infeasible: str | None = None
+) -> list[Arm]:
     """The dense arm of each model, and each pipeline with each budget on each model.
 
     sources: `dense`, preset names and YAML files; dense is added where it is missing. budgets: replace the pipelines' own;
-    empty leaves them. Names carry the budget where there are several, and the model likewise. Raises PipelineError,
+    empty leaves them. on_infeasible: replaces the pipelines' own, see Pipeline.
+    Names carry the budget where there are several, and the model likewise. Raises PipelineError,
     BudgetError.
     """
-    pipelines = name_pipelines([load_pipeline(source) for source in sources if source != BASELINE])
+    loaded = [load_pipeline(source) for source in sources if source != BASELINE]
+    pipelines = name_pipelines(
+        loaded if on_infeasible is None else [pipeline.where_infeasible(on_infeasible) for pipeline in loaded]
+    )
     asked = [Budget.parse(budget) for budget in budgets]
     if len({str(budget) for budget in asked}) < len(asked):
         raise PipelineError(f"--budget names one budget twice: {', '.join(budgets)}")
@@ -70,7 +76,7 @@ def expand(sources: Sequence[str], budgets: Sequence[str], models: Sequence[str]
                 arms.append(Arm(f"{method}{last}", method, model, pipeline))
             for budget, text in zip(asked, budgets, strict=True):
                 middle = f"@{text.strip()}" if len(asked) > 1 else ""
-                given = pipeline.with_budget(budget)
+                given = pipeline.with_budget(text if is_share(text) else budget)
                 arms.append(Arm(f"{method}{middle}{last}", method, model, given))
     return arms
 

@@ -21,7 +21,7 @@ from tokenreduce.compare.prefill import PrefillCounts, count_prefill, now
 from tokenreduce.compare.tasks import Item
 from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
-from tokenreduce.errors import MediaError, TokenReduceError
+from tokenreduce.errors import BudgetError, MediaError, NotFiredError, PipelineError, TokenReduceError
 from tokenreduce.models import load_model, prepare
 from tokenreduce.models.placement import placement_line
 from tokenreduce.pipeline import Pipeline
@@ -173,7 +173,19 @@ class Bench:
 
     def attached(self, pipeline: Pipeline) -> AbstractContextManager[Run]:
         """`reduce`, for a `with` block."""
-        return reduce(self.model, pipeline)
+        run = reduce(self.model, pipeline)
+        run.silent = True  # `check_fired` says it of an arm as a whole.
+        return run
+
+    @torch.inference_mode()
+    def refusal(self, arm: Arm, item: Item) -> TokenReduceError | None:
+        """Why `arm` cannot run on `item`, found by its prefill; None if it can."""
+        try:
+            with self.attached(arm.pipeline or NOTHING):
+                self.model(**self.prepare(item), use_cache=True, logits_to_keep=1)
+        except (BudgetError, PipelineError, NotFiredError) as error:
+            return error
+        return None
 
     def warm_up(self, item: Item) -> None:
         """Run each arm once untimed, and once more for its peak memory, which the next rows will carry."""

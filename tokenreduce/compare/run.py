@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenreduce.compare.tasks import Task
 from tokenreduce.compare.worker import Done, Worker
 from tokenreduce.config.yaml_source import parse_yaml
 from tokenreduce.pipeline import load_pipeline
+from tokenreduce.testbed.embedded import EMBEDDED, unread
 
 REPORT_EVERY = 60.0
 """Seconds between two reports while a comparison runs."""
@@ -34,17 +36,22 @@ def compare(
     gpus_per_worker: int = 1,
     tell: Tell = lambda done, asked: None,
     say: Say = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run what `folder` does not hold yet, write the report, and return the summary.
 
     pictures: examples whose kept patches are drawn. ray: address of a Ray cluster to run on, `local` to start one.
     gpus_per_worker: that each worker on a cluster with GPUs reserves. tell: called with (units finished, units in all).
     say: told in a line of long work before it.
+    warn: called with a line of warning before anything is measured. An arm that cannot run on the first example is named there
+    and left out (not with `ray`, whose workers hold the models); later examples end the comparison where an arm refuses them.
     A comparison that is broken off leaves a folder that `compare` goes on with.
     Raises TokenReduceError where settings, data or an honesty check do not hold; NotFiredError after the report is written,
     where an arm reduced nothing.
     """
     task = settings.open_task()
+    if ray is None:
+        settings = runnable(settings, task, warn)
     store = Store.create_or_resume(folder, settings.to_dict(task, say))
     try:
         store.check_rows()
@@ -72,6 +79,37 @@ def compare(
         return summary
     finally:
         store.close()
+
+
+def runnable(settings: Settings, task: Task, warn: Callable[[str], None]) -> Settings:
+    """`settings` without the arms that cannot run on the first example, of which `warn` is told.
+
+    Raises the arm's error where it is the baseline, or where no arm but dense ones would be left.
+    """
+    item, refused = task.item(0), {}
+    for model in settings.models:
+        if model == EMBEDDED:
+            for line in dict.fromkeys(filter(None, (unread(question) for question, _ in item.turns))):
+                warn(f"warning: {line}")
+        arms = [arm for arm in settings.arms if arm.model == model and arm.pipeline is not None]
+        if not arms:
+            continue
+        bench = settings.bench(
+            model, task
+        )  # Given back: the worker's checks need a model that nothing was attached to.
+        for arm in arms:
+            error = bench.refusal(arm, item)
+            if error is not None:
+                refused[arm.name] = error
+                if arm.name == settings.baseline:
+                    raise type(error)(f"arm {arm.name}, the baseline, cannot run: {error}")
+    left = tuple(arm for arm in settings.arms if arm.name not in refused)
+    if refused and all(arm.pipeline is None for arm in left):
+        name, error = next(iter(refused.items()))
+        raise type(error)(f"arm {name}, example {item.id}: {error}")
+    for name, error in refused.items():
+        warn(f"arm {name} cannot run and is left out: {error}")
+    return replace(settings, arms=left)
 
 
 def _results(

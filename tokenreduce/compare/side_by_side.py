@@ -15,7 +15,7 @@ from tokenreduce.compare.arms import BASELINE, name_pipelines
 from tokenreduce.compare.prefill import PrefillCounts, count_prefill, is_finite, now, timed
 from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
-from tokenreduce.errors import PipelineError, UnsupportedError
+from tokenreduce.errors import BudgetError, NotFiredError, PipelineError, TokenReduceError, UnsupportedError
 from tokenreduce.pipeline import Pipeline
 from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.trace import Trace
@@ -64,21 +64,30 @@ def measure(
     new_tokens: int = 16,
     decode: Callable[[Tensor], str] | None = None,
     progress: Callable[[str], None] | None = None,
+    refused: Callable[[str, TokenReduceError], None] | None = None,
 ) -> list[MeasuredArm]:
     """The dense arm and one per pipeline: a warm-up prefill each, `repeats` timed ones with the arms in turns, then an answer.
 
     inputs: of batch 1, from `prepare`. decode: token ids to text. progress: called with a line before each forward.
-    Raises PipelineError for a pipeline without stages.
+    refused: called, before anything is measured, with the name of each arm that cannot run and why; the others run. Left out, or
+    where no pipeline can run, the error is raised. Raises PipelineError for a pipeline without stages.
     """
     tell = progress or (lambda line: None)
     width = int(inputs["input_ids"].shape[1])
     ways: list[tuple[str, Pipeline | None]] = [(BASELINE, None), *name_pipelines(pipelines)]
     arms = []
+    errors: list[TokenReduceError] = []
     with torch.inference_mode():
         for name, pipeline in ways:
             tell(f"{name}: warm-up")
-            with _attached(model, pipeline) as run:
-                arms.append(_counted(name, model, run, _prefill(model, inputs)[2], width))
+            try:
+                with _attached(model, pipeline) as run:
+                    arms.append(_counted(name, model, run, _prefill(model, inputs)[2], width))
+            except (BudgetError, PipelineError, NotFiredError) as error:
+                if refused is None or len(errors) + 1 == len(pipelines):
+                    raise
+                errors.append(error)
+                refused(name, error)
         for turn in range(1, repeats + 1):
             for arm in arms:
                 tell(f"{arm.name}: prefill {turn} of {repeats}")
@@ -97,7 +106,11 @@ def measure(
 
 
 def _attached(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Run | None]:
-    return nullcontext() if pipeline is None else reduce(model, pipeline)
+    if pipeline is None:
+        return nullcontext()
+    run = reduce(model, pipeline)
+    run.silent = True  # The tables show it.
+    return run
 
 
 def _decoder(model: Any) -> Any:

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from tokenreduce.adapter import ModelAdapter
 from tokenreduce.budget import Budget
 from tokenreduce.engine.model.host import unwrapped
 from tokenreduce.engine.run import Run, attached
-from tokenreduce.errors import AttachError, UnsupportedError
+from tokenreduce.errors import AttachError, BudgetError, PipelineError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, load_pipeline
 
@@ -28,6 +28,7 @@ def reduce(
     *,
     budget: float | str | Mapping[str, Any] | Budget | None = None,
     layout: TokenLayout | None = None,
+    on_infeasible: Literal["refuse", "least"] | None = None,
 ) -> Run:
     """Attach a pipeline to a model now, until the end of a `with` block or `detach()` of the Run that is returned.
 
@@ -42,8 +43,11 @@ def reduce(
         model: an unmodified transformers model of a supported family, compiled or with PEFT adapters (LoRA) or not, or a bare
             decoder with `layout`.
         pipeline: preset name, path of a YAML file, mapping, or Pipeline.
-        budget: overrides the pipeline's: a share in (0, 1] of tokens, or a mapping such as {"flops": 0.25}.
+        budget: overrides the pipeline's: a share in (0, 1] of tokens, a mapping such as {"flops": 0.25}, or text, see
+            Budget.parse.
         layout: where the vision tokens of the next prefill are; left out, the family's adapter says it.
+        on_infeasible: overrides the pipeline's: `refuse` an input that cannot meet the budget, or go as low as possible
+            (`least`), which the trace says.
 
     The pipeline stays on the model for as long as the model lives, also if nobody holds the Run any more. A Run that was neither
     entered nor kept, as of a call whose result is thrown away, can no longer be taken off: a UserWarning says so. It is one that
@@ -55,7 +59,14 @@ def reduce(
     model, loaded = unwrapped(model), load_pipeline(pipeline)
     if budget is not None:
         loaded = loaded.with_budget(budget)
-    run = Run(model, loaded, adapter_for(model, explicit=layout is not None), layout)
+    if on_infeasible is not None:
+        loaded = loaded.where_infeasible(on_infeasible)
+    adapter = adapter_for(model, explicit=layout is not None)
+    try:
+        run = Run(model, loaded, adapter, layout)
+    except (PipelineError, BudgetError) as error:
+        named = str(error).startswith("pipeline ")
+        raise type(error)(f"{'' if named else f'pipeline {loaded.name}: '}{error}") from None
     return _handle(run) if run.attached else run
 
 

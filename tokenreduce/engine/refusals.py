@@ -127,7 +127,7 @@ def check_ran(family: str, layers: int, sequences: Iterable[TokenSequence]) -> N
     """
     for sequence in sequences:
         ran = len(sequence.conductor.account.ffn)
-        if ran < layers and not sequence.conductor.unfinished():
+        if ran < layers and not sequence.unfinished():
             raise UnsupportedError(f"{family}: only {ran} of its {layers} layers ran, which is not supported")
 
 
@@ -153,13 +153,12 @@ def refuse_needs(pipeline: str, strategies: Iterable[Strategy], sequences: Itera
 
 def check_spent(pipeline: str, budget: Budget | None, sequences: Iterable[TokenSequence]) -> None:
     """Refuse what a prefill spent above its budget: no strategy, a plugin's least of all, may keep more than it was given."""
+    if budget is None or budget.arithmetic == "released":
+        return
     for sequence in sequences:
-        account = sequence.conductor.account
-        if budget is None or budget.arithmetic == "released" or not sequence.original_reducible:
-            continue
-        spent = account.cost(account.attn, account.ffn, account.kv, account.pairs)
-        if spent > account.limit:
-            raise PipelineError(
-                f"pipeline {pipeline} held {float(account.share(spent)):.4f} of row {sequence.row}, above its budget {budget}: "
-                "a stage kept more than its allowance"
-            )
+        for account in sequence.accounts if sequence.original_reducible else ():
+            if account.spent > account.limit and not account.lenient:
+                raise PipelineError(
+                    f"pipeline {pipeline} held {float(account.share(account.spent)):.4f} of row {sequence.row}, above its budget "
+                    f"{budget}: a stage kept more than its allowance"
+                )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from tokenreduce.adapter import ModelAdapter, Prompt
@@ -19,7 +22,7 @@ from tokenreduce.engine.forward import call as calls
 from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.call import Call
 from tokenreduce.engine.forward.decode_step import DecodeStep, any_reduced, cache_of_decode_step
-from tokenreduce.engine.forward.receipt import receipt
+from tokenreduce.engine.forward.receipt import dense_receipt, receipt
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.forward.state import Forward
 from tokenreduce.engine.model.callers import calls_of, in_compiled_call, is_compiled
@@ -50,11 +53,13 @@ from tokenreduce.trace import Trace
 class _Local(threading.local):
     """What a thread keeps between the hooks of one call. Read at every token: class attributes spare it the question.
 
-    trace: of its last prefill. prompt_call: the token ids and arguments of the call around the decoder. await_head: whether the
+    trace: of its last prefill. light: what `Run.traces` keeps of it.
+    prompt_call: the token ids and arguments of the call around the decoder. await_head: whether the
     head's output belongs to `trace`. refused: whether a call within a forward was, whose end is not that forward's.
     """
 
     trace: Trace | None = None
+    light: Trace | None = None
     prompt_call: tuple[Tensor, dict[str, Any]] | None = None
     await_head = False
     refused = False
@@ -63,16 +68,20 @@ class _Local(threading.local):
 attached: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 """The run of each decoder that has one. It lives as long as the decoder, also if the caller of `reduce` let go of it."""
 _attaching = threading.Lock()
+TRACES = 1000
+"""Calls that `Run.traces` goes back: some 10 KB each for a decoder of 28 layers."""
 
 
 class Run:
     """A pipeline attached to a model. Made by `reduce`; the end of a `with` block, or `detach`, takes it off.
 
-    trace: the receipt of this thread's last prefill with vision tokens (of any thread's, if this one ran none).
+    trace: the receipt of this thread's last call (of any thread's, if this one made none). A prefill without vision tokens has
+    one that says dense; a later turn of text alone, and decoding, belong to the prefill that they go on with.
     layout: the explicit layout, if any; set a new one before a later turn that brings vision tokens of its own.
     signals: what stages read of the vision tower, (B, N, C) each by name (`tower.cls`, `tower.mean`: C heads; `tower.keys`;
     `tower.pooled`), where the caller knows it and the tower does not run; whatever the block.
     attached: whether the pipeline is on the model now. entered: whether a `with` block was begun, which will take it off.
+    silent: whether the end of a `with` block says nothing where nothing was ever reduced, for callers that say it themselves.
     """
 
     def __init__(
@@ -83,6 +92,9 @@ class Run:
         self._layout, self._fresh = layout, layout is not None
         self._local = _Local()
         self._last: Trace | None = None
+        self._traces: deque[Trace] = deque(maxlen=TRACES)
+        self._prefills = self._dense = 0
+        self._reduced = self.silent = False
         self.attached = self.entered = False
         self.signals: Mapping[str, Tensor] | None = None
         if pipeline.stages:
@@ -110,6 +122,14 @@ class Run:
                 else "an empty pipeline adds no hook to the model, and so it has no trace"
             )
         return trace
+
+    @property
+    def traces(self) -> tuple[Trace, ...]:
+        """One per call, in the order of their ends, of all threads: the last TRACES, without what has an entry per token.
+
+        `kept` and `source` are in `trace` alone: of a thousand calls they would fill the memory of a GPU.
+        """
+        return tuple(self._traces)
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -149,7 +169,7 @@ class Run:
     @property
     def used(self) -> bool:
         """Whether a forward with vision tokens has run, in any thread."""
-        return self._last is not None
+        return self._prefills > 0
 
     def __enter__(self) -> Self:
         self.entered = True
@@ -161,10 +181,30 @@ class Run:
         except KeyboardInterrupt:
             self.detach()  # Perhaps nobody outside holds the run: what Ctrl-C left is taken off here or never.
             raise
+        idle = "" if self.silent or exc[0] is not None else self._idle()
+        if idle:
+            warnings.warn(f"pipeline {self.pipeline.name} reduced nothing: {idle}", stacklevel=2)
+
+    def _idle(self) -> str:
+        """Why nothing was ever reduced although forwards ran; "" if something was, or a budget of 1 asked for everything."""
+        calls = self._prefills + self._dense
+        if self._reduced or not calls or (self.budget is not None and self.budget.amount == 1):
+            return ""
+        if not self._prefills:
+            return f"none of its {calls} calls had vision tokens; see run.trace, and whether the inputs hold the video"
+        last = next((trace for trace in reversed(self._traces) if not trace.dense), None)
+        why = "; ".join(last.idle + last.skipped) if last is not None else ""
+        return f"{self._prefills} calls with vision tokens kept them all{'; ' if why else ''}{why}"
 
     def __repr__(self) -> str:
         state = "attached; detach() takes it off" if self.attached else "not attached"
         return f"<{type(self).__name__} of pipeline {self.pipeline.name}: {state}>"
+
+    def _repr_html_(self) -> str:
+        state = "attached" if self.attached else "not attached"
+        trace = self._local.trace or self._last
+        calls = f"{state}; {self._prefills} calls with vision tokens, {self._dense} dense"
+        return f"<p>{calls}</p>{self.pipeline._repr_html_()}{'' if trace is None else trace._repr_html_()}"
 
     # Attaching --------------------------------------------------------------------------------------------------------
 
@@ -187,8 +227,13 @@ class Run:
         if self._layout is not None:
             try:
                 reducible = self._reducible(self._layout)
-                rows = [(int(row.sum()), int(row.int().argmax())) for row in reducible if row.any()]
-                check_rows(self.strategies, reducible.shape[1], rows, self._account)
+                rows = [
+                    (int(row.sum()), int(row.int().argmax()), calls.contents_of(self._layout, row, number))
+                    for number, row in enumerate(reducible)
+                    if row.any()
+                ]
+                if self.budget is None or self.budget.per == "sequence":  # Else each call is checked, medium by medium.
+                    check_rows(self.strategies, reducible.shape[1], rows, self._account)
             except BaseException:
                 host.uninstall()
                 raise
@@ -202,7 +247,10 @@ class Run:
         check_pipeline(self.strategies, self.budget, self.shape)
 
     def _account(self, total: int, reducible: int) -> Account:
-        return Account(self.budget, self.shape, total, reducible, self.host.cache_bytes)
+        return Account(
+            self.budget, self.shape, total, reducible, self.host.cache_bytes, pipeline=self.pipeline.name,
+            lenient=self.pipeline.on_infeasible == "least",
+        )  # fmt: skip
 
     def _reducible(self, layout: TokenLayout) -> Tensor:
         return layout.reducible(self.pipeline.newlines, self.pipeline.wrappers)
@@ -259,6 +307,10 @@ class Run:
         refuse_mode(self.host.family, text, self.host.config, call, self.host.recomputable())
         if self._compiled():
             refuse_compiled(self.host.family, text, self.strategies)
+            if self.budget is not None and self.budget.per == "medium":
+                raise UnsupportedError(
+                    f"{self.host.family}: a budget per medium is not supported in a compiled model; call it without torch.compile"
+                )
         if self._kv_sites and call.past and call.valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
         sequences = calls.sequences(
@@ -329,6 +381,34 @@ class Run:
         if layers and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
             for layer in layers:
                 layer.plan = KvPlan(call.width, call.valid)
+        if not call.past and call.width > 1:
+            self._keep(self._dense_trace(call))
+
+    def _dense_trace(self, call: Call) -> Trace:
+        width = call.width - call.draft
+        everything = torch.arange(width)
+        real = None if call.valid is None else call.valid[:, :width].cpu()
+        kept = [everything if real is None else real[row].nonzero()[:, 0] for row in range(call.batch)]
+        trace = dense_receipt(
+            [len(columns) for columns in kept], kept, width, self.pipeline.name,
+            str(self.budget) if self.budget else "none", self.shape, self.host.cache_bytes, self._head_flops,
+            "no vision tokens in this call",
+        )  # fmt: skip
+        return self.host.corrected(trace)
+
+    @property
+    def _head_flops(self) -> int:
+        return cost.head_flops(self.shape, 1) if self.host.has_head else 0
+
+    def _keep(self, trace: Trace) -> None:
+        """The trace of a call that has ended, or that runs dense."""
+        light = trace.light()
+        self._local.trace = self._last = trace
+        self._local.light = light
+        self._traces.append(light)
+        self._prefills, self._dense = self._prefills + (not trace.dense), self._dense + bool(trace.dense)
+        self._reduced = self._reduced or trace.reduced
+        self._local.await_head = True
 
     def _find_layout(self, call: Call) -> TokenLayout | None:
         """The layout of the call's vision tokens; None if it has none."""
@@ -391,14 +471,15 @@ class Run:
             str(self.budget) if self.budget else "none",
             self.host.cache_bytes,
             sum(cost.prefill_flops(self.shape, [n] * layers, [n] * layers, 0) for n in total),
-            cost.head_flops(self.shape, 1) if self.host.has_head else 0,
+            self._head_flops,
         )
         check_spent(self.pipeline.name, self.budget, forward.sequences)
-        self._local.trace = self._last = self.host.corrected(trace)
-        self._local.await_head = True
+        self._keep(self.host.corrected(trace))
 
     def _after_head(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the head: how many positions had logits made."""
         if self._local.await_head and self._local.trace is not None:
             self._local.await_head = False
             self._local.trace.head_tokens = int(output.shape[1])
+            if self._local.light is not None:
+                self._local.light.head_tokens = self._local.trace.head_tokens

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from tokenreduce.budget import Budget
+from tokenreduce.budget import Budget, in_bytes, in_flops
 from tokenreduce.errors import BudgetError
 from tokenreduce.planning.cost import DecoderShape, prefill_flops
-from tokenreduce.strategy import SITE_ORDER, Site
+from tokenreduce.strategy import SITE_ORDER, Contents, Site
 
 SPAN_BLOCK = 128
 """Queries per block of an attention over a span."""
@@ -49,6 +49,34 @@ class Account:
     """(query, key) pairs of the attention of each layer so far; None for a full square."""
     selector_flops: int = 0
     """FLOPs spent on computing importance."""
+    contents: Contents | None = None
+    """How the reducible tokens lie in frames; None where that is not known."""
+    lenient: bool = False
+    """A budget that cannot be met is no error: the stages go as low as they can (`on_infeasible: least`)."""
+    pipeline: str = ""
+    """Name of the pipeline, for refusals; "" where the caller adds it."""
+    whose: str = ""
+    """Of which image or video the account is, in words that end with a space; "" for the sequence's."""
+
+    def afresh(self) -> Account:
+        """The account of the same sequence before anything ran."""
+        return replace(self, attn=[], ffn=[], kv=[], pairs=[], selector_flops=0)
+
+    def copy(self) -> Account:
+        """The account as it stands, to try something out on."""
+        return replace(self, attn=[*self.attn], ffn=[*self.ffn], kv=[*self.kv], pairs=[*self.pairs])
+
+    @property
+    def spent(self) -> int:
+        """Cost of the forward, in the coin of `limit`, once all layers have run."""
+        return self.cost(self.attn, self.ffn, self.kv, self.pairs)
+
+    @property
+    def shortfall(self) -> str:
+        """What a lenient account has to say once all layers have run and the budget was not met; "" where it was."""
+        if not (self.lenient and self.budget and self.reducible and self.spent > self.limit):
+            return ""
+        return f"the budget ({self.budget}) {self.whose}cannot be met; this is as low as the stages go: {self.amount(self.spent)}"
 
     @property
     def fixed(self) -> int:
@@ -104,16 +132,22 @@ class Account:
         return self.budget is not None and self.budget.unit == "flops" and self.budget.amount != 1
 
     def allowance(
-        self, site: Site, reducible: int, later: Sequence[Site] = (), reading: ImportanceCost | None = None
+        self,
+        site: Site,
+        reducible: int,
+        later: Sequence[Site] = (),
+        reading: ImportanceCost | None = None,
+        least: int = 1,
     ) -> int:
         """The most reducible tokens that may stay from `site` on; −1 if not even none does.
 
         reducible: how many there are now. later: sites at which the same stage will act again; it is taken to keep the same
-        share at each of them (PyramidDrop's schedule).
+        share at each of them (PyramidDrop's schedule), and never fewer than `least`.
         """
 
         def fits(keep: int) -> bool:
-            return self.affordable(self.fixed + reducible, list(self._falling(site, later, keep, reducible)), reading)
+            changes = list(self._falling(site, later, keep, reducible, least))
+            return self.affordable(self.fixed + reducible, changes, reading)
 
         if not fits(0):
             return -1
@@ -123,11 +157,11 @@ class Account:
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
-    def _falling(self, site: Site, later: Sequence[Site], keep: int, reducible: int) -> Iterator[Change]:
+    def _falling(self, site: Site, later: Sequence[Site], keep: int, reducible: int, least: int) -> Iterator[Change]:
         share = Fraction(keep, max(reducible, 1))
         for power, at in enumerate((site, *later)):
-            # One token always stays: planning for none would leave the last site less than it must keep.
-            yield at, self.fixed + max(int(keep * share**power), min(keep, 1))
+            # `least` always stays: planning for fewer would leave the last site less than it must keep.
+            yield at, self.fixed + max(int(keep * share**power), min(keep, least))
 
     def kv_allowance(
         self, layer: int, scheduled: Sequence[int], tokens: int, span: bool, reading: ImportanceCost | None = None
@@ -174,22 +208,21 @@ class Account:
         whole = self.cost(dense, dense, dense, [None] * len(dense)) - (self.selector_flops if self.reads else 0)
         return math.ceil(Fraction(10**4 * cost, max(whole, 1))) / 10**4
 
-    def refusal(self, least: int, reason: str = "", met: str = "met") -> BudgetError:
-        """The error for a budget that even `least`, the cost of the smallest allowed choice, exceeds.
-
-        reason: why, where it is not that the stages act too late. met: what it cannot be; a merge may still find enough."""
+    def amount(self, cost: int) -> str:
+        """`cost` as a budget of the same unit may ask for it, rounded up."""
         assert self.budget is not None
         if self.budget.relative:
-            smallest = f"{min(self.share(least), 1):g}"
-        elif self.budget.unit == "tokens":
-            smallest = f"{-(-least // self.shape.layers)} tokens"
-        elif self.budget.unit == "flops":
-            smallest = f"{least} FLOPs"
-        else:
-            smallest = f"{least * self.shape.cached * self.cache_bytes} bytes"
-        why = reason or (f"{self.fixed} of {self.total} tokens always stay and the stages act too late to save more")
+            return f"{min(self.share(cost), 1):g}"
+        if self.budget.unit == "tokens":
+            return f"{-(-cost // self.shape.layers)} tokens"
+        return in_flops(cost) if self.budget.unit == "flops" else in_bytes(cost * self.shape.cached * self.cache_bytes)
+
+    def refusal(self, least: int, reason: str) -> BudgetError:
+        """The error for a budget that cannot be met. least: the smallest cost that can be had. reason: why not less."""
+        whose = f"pipeline {self.pipeline}: " if self.pipeline else ""
         return BudgetError(
-            f"budget {self.budget} cannot be {met}: {why}; the smallest feasible budget here is {smallest}"
+            f"{whose}budget {self.budget} {self.whose}cannot be met: {reason}; the smallest feasible budget here is "
+            f"{self.amount(least)}"
         )
 
 

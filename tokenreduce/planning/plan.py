@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,8 @@ from tokenreduce.planning.account import Account
 from tokenreduce.planning.architectures import Architecture, architecture
 from tokenreduce.planning.cost import kv_bytes, layer_flops, prefill_flops
 from tokenreduce.planning.feasibility import check
-from tokenreduce.planning.schedule import forecast
+from tokenreduce.planning.schedule import Conductor, forecast, least_cost
+from tokenreduce.strategy import Contents, Strategy
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Plan:
     """One per layer, from the first."""
     tower: tuple[str, ...] = field(default=(), kw_only=True)
     """What each stage in the vision tower leaves of its work, a line each; no number above counts it."""
+    idle: tuple[str, ...] = field(default=(), kw_only=True)
+    """Stages, and layers of stages, that leave every token they see, a line each."""
+    depends: str = field(default="", kw_only=True)
+    """Where only some videos meet the budget: what decides, what is held in reserve, what every video meets. Else ""."""
 
     @property
     def mean_tokens(self) -> float:
@@ -93,7 +98,14 @@ class Plan:
             "kv_bytes": self.kv_bytes,
             "dense_kv_bytes": self.dense_kv_bytes,
             "layers": [asdict(layer) for layer in self.layers],
+            "idle": list(self.idle),
+            "depends": self.depends,
         }
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the numbers must know beside them, a line each."""
+        return [*([self.depends] if self.depends else []), *self.idle]
 
     def __str__(self) -> str:
         lines = [f"{self.name} on {self.model}, budget {self.budget or 'none'}, {self.tokens:,} tokens of input"]
@@ -103,6 +115,7 @@ class Plan:
                 f"{layer.kv_bytes / 2**20:>9,.2f} MiB of keys and values each"
             )
         lines += [f"  vision tower (not counted): {line}" for line in self.tower]
+        lines += [f"  {line}" for line in self.remarks]
         return "\n".join([*lines, f"  {self.summary}"])
 
     def __repr__(self) -> str:
@@ -117,6 +130,7 @@ def plan(
     budget: Any = None,
     similar: float = 0.5,
     dtype: str | None = None,
+    on_infeasible: str | None = None,
 ) -> Plan:
     """What `pipeline` will hold and cost on a model, layer by layer. Needs no weights and runs no model.
 
@@ -128,6 +142,7 @@ def plan(
         budget: what remains instead of the pipeline's own budget, see `Pipeline.with_budget`.
         similar: share of tokens, in [0, 1], that merging by threshold is taken to find similar at its first look.
         dtype: of the KV cache, such as `bfloat16`; None: the model's.
+        on_infeasible: `refuse` or `least`, instead of the pipeline's own, see `Pipeline.on_infeasible`.
 
     Raises UnsupportedError for a model, a config or a dtype that is not known, PipelineError for a pipeline that is none or
     cannot act on this decoder, and BudgetError, which says the smallest feasible budget, where it cannot be met.
@@ -135,12 +150,13 @@ def plan(
     arch = architecture(model_or_config)
     arch = arch if dtype is None else arch.with_dtype(dtype)
     loaded = load_pipeline(pipeline)
-    return plan_on(loaded if budget is None else loaded.with_budget(budget), arch, frames, similar)
+    loaded = loaded if budget is None else loaded.with_budget(budget)
+    return plan_on(loaded if on_infeasible is None else loaded.where_infeasible(on_infeasible), arch, frames, similar)
 
 
 def plan_on(pipeline: Pipeline, arch: Architecture, frames: int | None = None, similar: float = 0.5) -> Plan:
     """As `plan`, of what is loaded already."""
-    account = counts(pipeline, arch, frames, similar)
+    account, conductor, depends = _forecast(pipeline, arch, frames, similar)
     shape, n = account.shape, account.total
     dense = [n] * shape.layers
     layers = tuple(
@@ -171,22 +187,61 @@ def plan_on(pipeline: Pipeline, arch: Architecture, frames: int | None = None, s
         dense_kv_bytes=kv_bytes(shape, dense, account.cache_bytes),
         layers=layers,
         tower=tuple(_tower(pipeline)),
+        idle=tuple(idle_stages(conductor)),
+        depends=depends or account.shortfall,
     )
 
 
 def counts(pipeline: Pipeline, arch: Architecture, frames: int | None, similar: float) -> Account:
     """The token counts of every layer. Errors name the pipeline and the model."""
+    return _forecast(pipeline, arch, frames, similar)[0]
+
+
+def _forecast(
+    pipeline: Pipeline, arch: Architecture, frames: int | None, similar: float
+) -> tuple[Account, Conductor, str]:
+    """The account and the stages after the last layer, and `Plan.depends`."""
     if not 0 <= similar <= 1:
         raise BudgetError(f"similar: expected a share in [0, 1] of the tokens, got {similar}")
-    strategies = build(pipeline)
     total, reducible = arch.tokens(frames), arch.vision_tokens(frames)
     account = Account(pipeline.budget, arch.shape, total, reducible, arch.dtype_bytes)
+    account.contents = Contents.even(reducible, arch.steps(frames))
+    account.lenient = pipeline.on_infeasible == "least"
     try:
-        check(strategies, account)
-        forecast(strategies, account, similar=similar, frames=arch.steps(frames))
+        strategies = build(pipeline)
+        if check(strategies, account) or account.lenient:
+            return account, forecast(strategies, account, similar=similar), ""
+        depends = _depends(strategies, account)
+        tried = account.afresh()
+        try:
+            return tried, forecast(strategies, tried, similar=similar), depends
+        except BudgetError:
+            best = account.afresh()
+            conductor = forecast(strategies, best, similar=1.0)
+            return best, conductor, f"{depends}; the numbers are of a video whose frames are all alike"
     except TokenReduceError as error:
         raise type(error)(f"{pipeline.name} on {arch.name}: {error}") from None
-    return account
+
+
+def _depends(strategies: Sequence[Strategy], account: Account) -> str:
+    sure, conductor = least_cost(strategies, account)
+    reserve = next(((site, run) for site, run in conductor.visited if run.solved and run.once), None)
+    held = "" if reserve is None else f"; reserve: {reserve[1].strategy.name} (prune) at layer {reserve[0].layer}"
+    return f"depends on the video: merging has to find enough{held}; every video meets {account.amount(sure)}"
+
+
+def idle_stages(conductor: Conductor) -> Iterator[str]:
+    """Stages of a forecast that leave every token they see, and the layers at which others do, a line each."""
+    for run in conductor.runs:
+        name = f"stage {run.strategy.place + 1}, {run.strategy.name}"
+        looks = [(site, gone) for (site, one), gone in conductor.changed if one is run]
+        if not looks:
+            yield f"{name}: does nothing: {run.note or 'it is never asked'}"
+        elif not any(gone for _, gone in looks):
+            yield f"{name}: does nothing at {looks[0][0]}: it may keep as many tokens as there are"
+        elif run.fixed and not all(gone for _, gone in looks):
+            where = ", ".join(str(site) for site, gone in looks if not gone)
+            yield f"{name}: does nothing at {where}: it may keep as many tokens as there are"
 
 
 def _tower(pipeline: Pipeline) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from tokenreduce.errors import BudgetError
 from tokenreduce.planning.account import Account, Change, ImportanceCost, kv_pairs, released_removal
 from tokenreduce.planning.cost import importance_flops
 from tokenreduce.plugin_checks import flag, outcome_of, sites_of
-from tokenreduce.strategy import Action, CountView, Queries, Site, Strategy
+from tokenreduce.strategy import SITE_ORDER, Action, Contents, CountView, Outcome, Queries, Site, Strategy
 
 
 @dataclass
@@ -32,6 +32,8 @@ class StageRun:
     """Why it ended, or what its last decision said of itself."""
     free_from: int = 0
     """`order` of the first site at which it may act if it waits for the stages before it."""
+    last: int = -1
+    """`order` of the site at which it was asked last."""
     state: dict[str, Any] = field(default_factory=dict)
     """What the strategy keeps between its sites."""
 
@@ -78,12 +80,14 @@ class Conductor:
         self.depth = depth
         self.visited: list[Look] = []
         """Where stages have acted so far, in order."""
+        self.changed: list[tuple[Look, int]] = []
+        """The same in a forecast, with how many tokens each look left out."""
         self.runs = [StageRun(strategy, sites_of(strategy, depth)) for strategy in strategies]
 
     def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
         """Stages to ask at `site`, in order; `tokens` tells how many tokens are alive when it is asked."""
         for place, run in enumerate(self.runs):
-            if run.done or site not in run.sites:
+            if run.done or run.last >= site.order or site not in run.sites:
                 continue
             before = self.runs[:place]
             if run.once and (site.order < run.free_from or not all(other.done for other in before)):
@@ -154,7 +158,7 @@ class Conductor:
         self, run: StageRun, site: Site, finished: bool, budget_met: bool, consumed: bool, note: str = ""
     ) -> None:
         """Take note of what the stage did at `site`."""
-        run.acted = True
+        run.acted, run.last = True, site.order
         self.visited.append((site, run))
         run.note = note or run.note
         place = self.runs.index(run)
@@ -178,30 +182,77 @@ class Conductor:
             span = run.strategy.capabilities.spans
             held = account.kv_allowance(site.layer, [at.layer for at in run.sites], tokens, span, reading)
             least = 1 if span else account.fixed + 1
-            if held < least:
-                raise self.refusal(run, site, tokens, least)
-            return held
+            return held if held >= least else self._settle_allowance(run, site, tokens, least)
         if account.budget.arithmetic == "released":
             return self._released(reducible, action)
         # A stage that solves every count is taken to keep the same share each time; merging by threshold to find no more.
         later = run.after(site) if run.solved and not run.once else []
-        keep = account.allowance(site, reducible, later, reading)
-        if keep < 1:
-            raise self.refusal(run, site, tokens, 1)
-        return keep
+        floor = self._outcome(run, site, reducible, tokens, _one).count if later else 1
+        keep = account.allowance(site, reducible, later, reading, floor)
+        return keep if keep >= 1 else self._settle_allowance(run, site, tokens, 1)
+
+    def _settle_allowance(self, run: StageRun, site: Site, tokens: int, least: int) -> int:
+        """`least`, where it is too much by itself, but the stages to come may make up for it."""
+        account = self.account
+        if not (account.lenient or self.rest(run, site, tokens, least, similar=1.0) <= account.limit):
+            raise self.refusal(run, site, tokens, least)
+        return least
+
+    def settle(self, run: StageRun, site: Site, tokens: int, least: int, reason: str) -> int:
+        """See StageContext.at_least."""
+        account = self.account
+        if account.lenient:
+            return least
+        if account.budget is None or not run.solved or self.rest(run, site, tokens, least, 1.0) > account.limit:
+            raise self.refusal(run, site, tokens, least, reason)
+        return least
+
+    def rest(self, run: StageRun, site: Site, tokens: int, least: int, similar: float) -> int:
+        """Cost of the whole forward if `run` leaves `least` at `site` and every stage after it as few as it can.
+
+        least: reducible tokens; at `kv` sites, tokens in all. similar: share that later merges by threshold find, 0 or 1.
+        """
+        twin = Conductor([], self.account.copy())
+        twin.runs = [replace(one, state=dict(one.state)) for one in self.runs]
+        mine = twin.runs[self.runs.index(run)]
+        reducible = tokens - self.account.fixed
+        outcome = twin._outcome(mine, site, reducible, tokens, _one, similar)
+        twin.record(mine, site, outcome.finished, outcome.budget_met, outcome.consumed)
+        held = least if site.kind == "kv" else None
+        _go_on(
+            twin, site, reducible if held is not None else least, similar=similar, frames=1, least=True, held=held,
+            span=run.strategy.capabilities.spans,
+        )  # fmt: skip
+        return twin.account.spent
+
+    def _outcome(
+        self,
+        run: StageRun,
+        site: Site,
+        reducible: int,
+        tokens: int,
+        solve: Callable[[Action], int] | None,
+        similar: float = 0.0,
+    ) -> Outcome:
+        """What `run` would do at `site`. Nothing of it is noted, and no reading of attention is paid for."""
+        account = self.account
+        view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), solve, similar)
+        view.contents = account.contents
+        view.frames = 1 if view.contents is None else view.contents.frames
+        return outcome_of(run.strategy, view)
 
     def refusal(self, run: StageRun, site: Site, tokens: int, least: int, reason: str = "") -> BudgetError:
-        """The error where `run` cannot leave less than `least` tokens at `site` (reducible ones; at `kv` sites, in all)."""
+        """The error where `run` cannot leave less than `least` tokens at `site` (reducible ones; at `kv` sites, in all).
+
+        It names a budget that every video of these counts meets.
+        """
         account = self.account
         if account.budget is None:
-            return BudgetError(reason)
-        reading = self._reading(self._to_come(run, site), tokens)
-        if site.kind == "kv":
-            span = run.strategy.capabilities.spans
-            cost = account.project_kv(site.layer, [at.layer for at in run.sites], tokens, least, span, reading)
-        else:
-            cost = account.project(tokens, [(site, account.fixed + least)], reading)
-        return account.refusal(cost, reason)
+            whose = f"pipeline {account.pipeline}: " if account.pipeline else ""
+            return BudgetError(f"{whose}{reason}")
+        sure = least_cost([one.strategy for one in self.runs], account)[0]
+        here = self.rest(run, site, tokens, least, similar=0.0)
+        return account.refusal(max(sure, here), reason or too_late(self, account))
 
     def _released(self, reducible: int, action: Action) -> int:
         """The released code's arithmetic: shares of vision tokens; pruning rounds to nearest, a capped merge rounds up."""
@@ -226,16 +277,56 @@ def forecast(
 ) -> Conductor:
     """Run the stages on counts alone and leave the counts of every layer in `account`.
 
-    similar, frames: see CountView. least: let every solved count be 1, to learn what the pipeline costs at the least.
+    similar, frames: see CountView. least: let every solved count be the least, to learn what the pipeline costs then.
     """
     conductor = Conductor(strategies, account)
-    reducible = account.reducible
-    for layer in range(conductor.depth):
-        held: int | None = None
-        span = False
-        for kind in ("pre_attention", "kv", "pre_ffn"):
-            site = Site(layer, kind)  # type: ignore[arg-type]
-            if kind == "pre_ffn":
+    _go_on(conductor, Site(0, "pre_attention"), account.reducible, similar=similar, frames=frames, least=least)
+    return conductor
+
+
+def least_cost(strategies: Sequence[Strategy], account: Account, similar: float = 0.0) -> tuple[int, Conductor]:
+    """What the pipeline costs a sequence at the least, and how: with `similar` 0 whatever the video shows, with 1 at its best."""
+    probe = account.afresh()
+    conductor = forecast(strategies, probe, similar=similar, least=True)
+    return probe.spent, conductor
+
+
+def too_late(conductor: Conductor, account: Account) -> str:
+    """Why stages cannot save more, in a clause that names those that the budget solves for."""
+    solved = [run for run in conductor.runs if run.solved]
+    acts = [f"{run.strategy.name} (stage {run.strategy.place + 1}) from {run.sites[0]} on" for run in solved]
+    return (
+        f"{account.fixed} of {account.total} tokens always stay and the stages act too late to save more "
+        f"({', '.join(acts)})"
+    )
+
+
+def _go_on(
+    conductor: Conductor,
+    start: Site,
+    reducible: int,
+    *,
+    similar: float,
+    frames: int,
+    least: bool,
+    held: int | None = None,
+    span: bool = False,
+) -> None:
+    """Forecast from `start` on. held, span: what the cache of its layer is to hold, where that is decided already."""
+    account = conductor.account
+    contents = account.contents
+    if contents is not None:
+        frames = contents.frames
+    elif frames > 1:
+        contents = Contents.even(account.reducible, frames)
+    for layer in range(start.layer, conductor.depth):
+        if layer > start.layer:
+            held, span = None, False
+        for kind in SITE_ORDER:
+            site = Site(layer, kind)
+            if site.order < start.order:
+                continue
+            if kind == "pre_ffn" and len(account.attn) <= layer:
                 account_attention(account, account.fixed + reducible, held, span)
             for run in conductor.due(site, lambda: account.fixed + reducible):  # noqa: B023
                 tokens = account.fixed + reducible
@@ -250,18 +341,25 @@ def forecast(
                     account.reducible,
                     run.state,
                     solve,
-                    0.0 if least else similar,
+                    similar,
                     frames,
                     partial(_read, account),
+                    contents,
+                    _settled if least and run.solved else partial(conductor.settle, run, site, tokens),
                 )
                 outcome = outcome_of(run.strategy, view)
+                left = outcome.count if kind == "kv" else account.fixed + outcome.count
                 if kind == "kv":
                     held, span = min(outcome.count, tokens), run.strategy.capabilities.spans
                 else:
                     reducible = outcome.count
                 conductor.record(run, site, outcome.finished, outcome.budget_met, outcome.consumed)
+                conductor.changed.append(((site, run), max(tokens - left, 0)))
         account.ffn.append(account.fixed + reducible)
-    return conductor
+
+
+def _settled(least: int, reason: str) -> int:
+    return least
 
 
 def _one(action: Action) -> int:

@@ -19,7 +19,13 @@ from tokenreduce.models.llava_video.modeling import LlavaVideoConfig, LlavaVideo
 from tokenreduce.models.loading import EMBEDDED as EMBEDDED
 from tokenreduce.models.loading import EMBEDDED_FOLDER
 from tokenreduce.testbed.glyphs import COLOURS, DIGITS
+from tokenreduce.testbed.questions import EXAMPLE, is_read
 
+ABOUT = (
+    "the embedded model (2.2 million parameters) finds numbered tiles hidden in a video and knows no other thing; it reads "
+    f"questions such as {EXAMPLE!r}"
+)
+"""What it is, for whoever did not choose it."""
 WEIGHTS = EMBEDDED_FOLDER
 """Its checkpoint folder."""
 FRAME_SIDE, GRID, MAX_FRAMES = 48, 6, 32
@@ -35,6 +41,16 @@ of the colour that the spot on the tile has How many tiles carry a digit ? Which
 List the tiles and their digits in order of appearance . every frame shown last before after left right top bottom
 Answer with one word What happens in this video ? Describe the video . yes no s
 """
+
+
+def unread(question: str) -> str:
+    """A warning where the embedded model cannot read `question`, "" where it can."""
+    if is_read(question):
+        return ""
+    return (
+        f"{question!r} is not a question that the embedded model can read, and its answer means nothing: {ABOUT}; ask another "
+        "model with --model"
+    )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

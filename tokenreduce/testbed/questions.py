@@ -25,6 +25,20 @@ Kind = Literal["one_hop", "second_turn", "chain", "two_hop", "spot", "count", "o
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
+EXAMPLE = "Which digit is on the red tile?"
+"""A question that the embedded model can read."""
+_COLOUR = f"({'|'.join(COLOURS)})"
+_READ = re.compile(
+    rf"which digit is on the {_COLOUR} tile\?|which colou?r is the spot on the {_COLOUR} tile"
+    r"(\?|, and which digit is on the tile of that colou?r\?)"
+)
+
+
+def is_read(question: str) -> bool:
+    """Whether the embedded model was trained on such a question: the digit on a tile, a spot's colour, or one after the other."""
+    return _READ.fullmatch(" ".join(question.lower().split())) is not None
+
+
 @dataclass(frozen=True)
 class Tile:
     """A needle."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-import torch
-
 from tokenreduce.engine.forward.sequence import TokenSequence
-from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor, forecast
 from tokenreduce.strategy import Site, SiteKind, Strategy
 
@@ -78,7 +75,4 @@ def chain(sequences: Many[TokenSequence], strategies: Many[Strategy], deepstack:
 
 def _forecast(sequence: TokenSequence, strategies: Many[Strategy]) -> Conductor:
     """The counts of `sequence` in every layer, as `tokenreduce plan` knows them."""
-    own = sequence.conductor.account
-    account = Account(own.budget, own.shape, own.total, own.reducible, own.cache_bytes)
-    frames = torch.stack([sequence.medium, sequence.frame])[:, sequence.reducible].unique(dim=1).shape[1]
-    return forecast(strategies, account, frames=max(frames, 1))
+    return forecast(strategies, sequence.conductor.account.afresh())

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from tokenreduce.adapter import ModelAdapter, Prompt
 from tokenreduce.engine.cache.adopt import seen_tokens
-from tokenreduce.engine.forward.sequence import Facts, TokenSequence
+from tokenreduce.engine.forward.sequence import Facts, Part, TokenSequence
 from tokenreduce.engine.model.callers import draft_length, in_generation
 from tokenreduce.errors import LayoutError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.planning.account import Account
 from tokenreduce.planning.feasibility import check
 from tokenreduce.planning.schedule import Conductor
-from tokenreduce.strategy import Strategy
+from tokenreduce.strategy import Contents, Strategy
 
 
 @dataclass(eq=False)
@@ -165,16 +165,21 @@ def sequences(
         else:
             columns = valid[row, :prompt].nonzero().squeeze(1)
         its = account(len(columns), count)
-        if count:
+        parts: list[Part] = []
+        if count and its.budget is not None and its.budget.per == "medium":
+            parts = _media_parts(layout, media[row], reducible[row], row, strategies, account)
+            its = replace(its, budget=None)
+        elif count:
+            its.contents = contents_of(layout, reducible[row], row)
             check(strategies, its)
         elif bool((layout.slot[row] >= 0).any()):
             raise LayoutError(f"row {row} has vision tokens, and the pipeline protects all of them; nothing could fire")
         slot, frame = layout.slot[row, columns], layout.frame[row, columns]
-        conductor = Conductor(strategies if count else [], its)
+        conductor = Conductor(strategies if count and not parts else [], its)
         made.append(
             TokenSequence(
                 row, columns, slot, frame, media[row, columns], reducible[row, columns], count, conductor,
-                _facts(call, layout, row, columns, ends),
+                _facts(call, layout, row, columns, ends), parts,
             )
         )  # fmt: skip
     return made
@@ -189,3 +194,35 @@ def _facts(call: Call, layout: TokenLayout, row: int, columns: Tensor, ends: Man
         None if fact is None else fact[row, columns.to(fact.device)].to(columns.device) for fact in of
     )
     return Facts(marker, at_row, column, its, ends)
+
+
+def contents_of(layout: TokenLayout, reducible: Tensor, row: int) -> Contents:
+    """How the reducible tokens (N,) bool of a row lie in its frames. There is at least one."""
+    medium, frame, slot = (
+        fact[row, : len(reducible)][reducible] for fact in (layout.media(), layout.frame, layout.slot)
+    )
+    counts = torch.stack([medium, frame]).unique(dim=1, return_counts=True)[1]
+    slots = torch.stack([medium, slot]).unique(dim=1).shape[1]
+    first, largest = torch.stack([counts[0], counts.max()]).tolist()
+    return Contents(len(counts), slots, first, largest)
+
+
+def _media_parts(
+    layout: TokenLayout,
+    media: Tensor,
+    reducible: Tensor,
+    row: int,
+    strategies: Many[Strategy],
+    account: Callable[[int, int], Account],
+) -> list[Part]:
+    """One part per image or video of a row, each with the budget to itself. media: (N,) long; reducible: (N,) bool."""
+    parts = []
+    for medium in media[: len(reducible)][reducible].unique().tolist():
+        own = reducible & (media[: len(reducible)] == medium)
+        count = int(own.sum())
+        its = account(count, count)  # Text, and the other media, are none of its budget.
+        its.contents = contents_of(layout, own, row)
+        its.whose = f"of medium {medium} "
+        check(strategies, its)
+        parts.append(Part(Conductor(strategies, its), count, count, medium))
+    return parts

@@ -63,7 +63,7 @@ def plan_kv(
         count: int | None = None
         kept: Tensor | None = None
         for run in sequence.conductor.due(site, sequence.__len__):
-            decision = looks.ask(sequence, run, site, x[sequence.row, here], None)
+            decision = looks.ask(sequence, sequence.parts[0], run, site, x[sequence.row, here], None)
             if decision.reduction is not None:
                 target, stays = decision.reduction.target[0], decision.reduction.kept[0]
                 targets[sequence.row, here] = torch.where(target >= 0, target + pad, -1)
@@ -76,7 +76,7 @@ def plan_kv(
             if isinstance(decision.span, Span):
                 span = decision.span
                 count = min(span.sinks + span.window, n)
-            looks.record(sequence, run, site, decision, n, n if count is None else count, 0)
+            looks.record(sequence, sequence.parts[0], run, site, decision, n, n if count is None else count, 0)
         spans.append(span)
         counts.append(CacheCount(count, span is not None))
         remain.append(kept)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tokenreduce import plugins
-from tokenreduce.engine.forward.sequence import AttentionSource, TokenSequence
+from tokenreduce.engine.forward.sequence import AttentionSource, Part, TokenSequence
 from tokenreduce.planning.schedule import StageRun
 from tokenreduce.plugin_checks import as_decision, decide_with
 from tokenreduce.strategy import Decision, Site
@@ -26,11 +26,17 @@ class Looks:
         self.traces, self.unobserved = [], []
 
     def ask(
-        self, sequence: TokenSequence, run: StageRun, site: Site, hidden: Tensor, attention: AttentionSource | None
+        self,
+        sequence: TokenSequence,
+        part: Part,
+        run: StageRun,
+        site: Site,
+        hidden: Tensor,
+        attention: AttentionSource | None,
     ) -> Decision:
-        """What `run` decides about `sequence`, whose states are hidden (n, D). PluginError where it breaks the contract."""
+        """What `run` decides about `part`, given the hidden (n, D) of `sequence`. PluginError where it breaks the contract."""
         who = f"strategy {run.strategy.name} at {site}"
-        ctx = sequence.context(run, site, hidden, attention)
+        ctx = sequence.context(run, site, hidden, attention, part)
         decision = as_decision(who, site, decide_with(who, run.strategy.decide, ctx))
         if decision.reduction is not None:
             sequence.check(run.strategy.name, site, decision.reduction, run.strategy.capabilities.across_media)
@@ -39,6 +45,7 @@ class Looks:
     def record(
         self,
         sequence: TokenSequence,
+        part: Part,
         run: StageRun,
         site: Site,
         decision: Decision,
@@ -47,7 +54,7 @@ class Looks:
         merged: int,
     ) -> None:
         """Take note that `decision` left `after` of `before` tokens, `merged` of the others averaged into those."""
-        sequence.conductor.record(run, site, decision.finished, decision.budget_met, decision.consumed, decision.note)
+        part.conductor.record(run, site, decision.finished, decision.budget_met, decision.consumed, decision.note)
         trace = StageTrace(
             stage=run.strategy.place,
             strategy=run.strategy.name,
@@ -59,7 +66,9 @@ class Looks:
             merged=merged,
             dropped=before - after - merged,
             finished=run.done,
-            note=decision.note,
+            note=decision.note
+            if part.medium is None
+            else f"medium {part.medium}{': ' * bool(decision.note)}{decision.note}",
         )
         self.traces.append(trace)
         self.unobserved.append(trace)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenreduce.errors import PluginError
 from tokenreduce.layout import roles
+from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor, StageRun
 from tokenreduce.plugin_checks import check_reduction, lent, per_medium
 from tokenreduce.reduction import Reduction
@@ -42,6 +43,24 @@ class Facts:
         return roles(slot, self.marker, self.ids, self.ends)
 
 
+@dataclass(eq=False)
+class Part:
+    """The reducible tokens that share a budget: all of a sequence, or those of one image or video (`per: medium`)."""
+
+    conductor: Conductor
+    """Which stage is asked about them when, and what they have spent."""
+    reducible_count: int
+    """How many are alive."""
+    original: int
+    """How many there were."""
+    medium: int | None = None
+    """Whose they are; None for all."""
+
+    def tokens(self) -> int:
+        """Tokens that are alive, those that always stay included where they count."""
+        return self.conductor.account.fixed + self.reducible_count
+
+
 class TokenSequence:
     """The tokens of row `row` that are not padding, N of them; n are alive.
 
@@ -61,11 +80,13 @@ class TokenSequence:
         reducible_count: int,
         conductor: Conductor,
         facts: Facts | None = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         self.row, self.columns, self.facts = row, columns, facts or Facts()
         self.slot, self.frame, self.medium, self.reducible = slot, frame, medium, reducible
         self.original_reducible = self.reducible_count = reducible_count
         self.conductor = conductor
+        self.parts = [*parts] or [Part(conductor, reducible_count, reducible_count)]
         self.total = len(columns)
         self.alive = torch.arange(self.total, device=columns.device)
         self.size = torch.ones_like(self.alive)
@@ -81,32 +102,59 @@ class TokenSequence:
         for name in ("columns", "slot", "frame", "medium", "reducible", "alive", "size", "place", "attended"):
             setattr(self, name, getattr(self, name).to(device))
 
-    def context(self, run: StageRun, site: Site, hidden: Tensor, attention: AttentionSource | None) -> StageContext:
+    @property
+    def runs(self) -> list[StageRun]:
+        """All stages, of all parts."""
+        return [run for part in self.parts for run in part.conductor.runs]
+
+    def unfinished(self) -> list[StageRun]:
+        """Stages that neither acted nor were skipped for a reason."""
+        return [run for part in self.parts for run in part.conductor.unfinished()]
+
+    @property
+    def accounts(self) -> list[Account]:
+        """What the parts have spent."""
+        return [part.conductor.account for part in self.parts]
+
+    def context(
+        self,
+        run: StageRun,
+        site: Site,
+        hidden: Tensor,
+        attention: AttentionSource | None,
+        part: Part | None = None,
+    ) -> StageContext:
         """What `run` sees; hidden: (n, D). The facts are copies: what becomes of them is the strategy's affair."""
         alive = self.alive
         chosen = torch.clone if self.whole else (lambda facts: facts[alive])
-        conductor = self.conductor
+        conductor, medium_only = self.conductor, None
+        count, original, tokens = self.reducible_count, self.original_reducible, len(self)
+        if part is not None and part.medium is not None:
+            conductor, medium_only = part.conductor, part.medium
+            count, original, tokens = part.reducible_count, part.original, part.tokens()
+        reducible, medium = chosen(self.reducible), chosen(self.medium)
         return StageContext(
             site=site,
             depth=conductor.depth,
             hidden=lent(hidden),
             slot=chosen(self.slot),
             frame=chosen(self.frame),
-            medium=chosen(self.medium),
+            medium=medium,
             position=alive.clone(),
             size=self.size.clone(),
-            reducible=chosen(self.reducible),
-            reducible_count=self.reducible_count,
-            original_reducible=self.original_reducible,
+            reducible=reducible if medium_only is None else reducible & (medium == medium_only),
+            reducible_count=count,
+            original_reducible=original,
             state=run.state,
             attention_source=None if attention is None else partial(attention, self),
             allowance_source=None
             if conductor.account.budget is None
-            else partial(conductor.allowance, run, site, self.reducible_count, len(self)),
-            refusal_source=partial(conductor.refusal, run, site, len(self)),
+            else partial(conductor.allowance, run, site, count, tokens),
+            refusal_source=partial(conductor.refusal, run, site, tokens),
             fact_source=self._fact,
             tower_source=None if self.facts.tower is None else self._told,
             per_medium=per_medium(run.strategy, site, conductor.depth),
+            settle_source=partial(conductor.settle, run, site, tokens),
         )
 
     def _fact(self, name: str) -> Tensor | None:

@@ -68,10 +68,8 @@ class Forward(Activity):
         self.joined, self.pairs, self.deepstack = {}, {}, deepstack or []
         self.attention = self.ffn = self.ffn_output = None
         # A row of text alone has no stages.
-        self.reads = {site.order for s in batch.sequences for run in s.conductor.runs for site in reading_sites(run)}
-        self.kv_sites = any(
-            site.kind == "kv" for s in batch.sequences for run in s.conductor.runs for site in run.sites
-        )
+        self.reads = {site.order for s in batch.sequences for run in s.runs for site in reading_sites(run)}
+        self.kv_sites = any(site.kind == "kv" for s in batch.sequences for run in s.runs for site in run.sites)
         self.passengers = [[rows[s.row, s.columns.to(rows.device)] for rows in self.deepstack] for s in batch.sequences]
         self.before = Before(layers if batch.width > 1 else ())
         self._mask: Tensor | None = None
@@ -104,19 +102,23 @@ class Forward(Activity):
         changed = False
         for number, sequence in enumerate(self.sequences):
             hidden = x[sequence.row, self.batch.columns_of(len(sequence), x.shape[1])]
-            for run in sequence.conductor.due(site, sequence.__len__):
-                before, merged = len(sequence), 0
-                decision = self.looks.ask(
-                    sequence, run, site, hidden, None if self.attention is None else self.importance
-                )
-                reduction = decision.reduction
-                if reduction is not None and (
-                    reduction.mixture is not None or before != (reduction.counts or (int(reduction.kept.sum()),))[0]
-                ):
-                    left, self.passengers[number], merged = sequence.apply(reduction, hidden, self.passengers[number])
-                    assert left is not None
-                    hidden, changed = left, True
-                self.looks.record(sequence, run, site, decision, before, len(sequence), merged)
+            for part in sequence.parts:
+                for run in part.conductor.due(site, part.tokens):
+                    before, merged = len(sequence), 0
+                    decision = self.looks.ask(
+                        sequence, part, run, site, hidden, None if self.attention is None else self.importance
+                    )
+                    reduction = decision.reduction
+                    if reduction is not None and (
+                        reduction.mixture is not None or before != (reduction.counts or (int(reduction.kept.sum()),))[0]
+                    ):
+                        left, self.passengers[number], merged = sequence.apply(
+                            reduction, hidden, self.passengers[number]
+                        )
+                        assert left is not None
+                        hidden, changed = left, True
+                        part.reducible_count -= before - len(sequence)
+                    self.looks.record(sequence, part, run, site, decision, before, len(sequence), merged)
             rows.append(hidden)
         if site.order + 1 not in self.reads:
             self.attention = None  # No stage will read it: as many bytes as the residual stream.
@@ -133,6 +135,9 @@ class Forward(Activity):
         for sequence, count in zip(self.sequences, counts, strict=True):
             sequence.attended = sequence.alive
             account_attention(sequence.conductor.account, len(sequence), count.tokens, count.span)
+            for part in sequence.parts:
+                if part.medium is not None:
+                    account_attention(part.conductor.account, part.reducible_count, None, False)
             if count.pairs is not None:
                 self.pairs[layer, sequence.row] = count.pairs
         if cache is not None:
@@ -142,6 +147,9 @@ class Forward(Activity):
         """Account for the FFN of `layer` and add its deepstack rows to out (B, m, D)."""
         for sequence in self.sequences:
             sequence.conductor.account.ffn.append(len(sequence))
+            for part in sequence.parts:
+                if part.medium is not None:
+                    part.conductor.account.ffn.append(part.reducible_count)
         if not self.deepstack:
             return out
         self.move(out.device)

@@ -27,7 +27,6 @@ from tokenreduce.errors import AttachError, LayoutError, PipelineError, PluginEr
 from tokenreduce.layout import TokenLayout
 from tokenreduce.ops.carry import Carry
 from tokenreduce.pipeline import Pipeline, load_pipeline
-from tokenreduce.planning import cost
 from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor
 from tokenreduce.plugin_checks import carry_of, sites_of
@@ -301,8 +300,7 @@ class Stream(Run):
         if self._finished and self._ledger.vision:
             trace = self._ledger.receipt(
                 self.pipeline.name, self.strategies, self._merging, self._carry, self.host.cache_bytes,
-                cost.head_flops(self.shape, 1) if self.host.has_head else 0,
+                self._head_flops,
             )  # fmt: skip
-            self._local.trace = self._last = self.host.corrected(trace)
-            self._local.await_head = True
+            self._keep(self.host.corrected(trace))
         return None

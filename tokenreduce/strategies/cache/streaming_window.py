@@ -57,16 +57,20 @@ class StreamingWindow(Strategy):
         held: int = ctx.state["held"]
         if held >= ctx.n:
             return ctx.n
-        if held <= self.config.sinks:
-            raise ctx.refusal(
-                self.config.sinks + 1,
-                f"streaming_window may hold {held} tokens per layer, no more than its {self.config.sinks} sinks",
-            )
-        return held - self.config.sinks
+        return self._beside_sinks(ctx, held)
+
+    def _beside_sinks(self, ctx: StageContext | CountView, held: int) -> int:
+        sinks = self.config.sinks
+        if held <= sinks:
+            reason = f"streaming_window may hold {held} tokens per layer, no more than its {sinks} sinks"
+            held = ctx.at_least(sinks + 1, reason)
+        return held - sinks
 
     def forecast(self, view: CountView) -> Outcome:
         """Tokens that the cache holds; one token besides the sinks is the least."""
         if self.config.window is None and "held" not in view.state:
             view.state["held"] = view.allowance()
-        window = self.config.window or max(view.state["held"] - self.config.sinks, 1)
+        if self.config.window is None and view.state["held"] >= view.n:
+            return Outcome(view.n)
+        window = self.config.window or self._beside_sinks(view, view.state["held"])
         return Outcome(min(self.config.sinks + window, view.n))

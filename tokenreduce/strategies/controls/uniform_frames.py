@@ -44,14 +44,19 @@ class UniformFrames(Strategy):
             places = _spread(kept, len(frames))
             if int(sizes[places].sum()) <= count:
                 return Reduction.keep((torch.isin(key, frames[places]) | ~ctx.reducible)[None])
-        raise ctx.refusal(
-            int(sizes[0]), f"uniform_frames may keep {count} vision tokens, and its first frame has {int(sizes[0])}"
-        )
+        self._first(ctx, count, int(sizes[0]))
+        return Reduction.keep((torch.isin(key, frames[:1]) | ~ctx.reducible)[None])
 
     def forecast(self, view: CountView) -> Outcome:
-        """Whole frames, taking all to be of one size; at least one, where the number of frames is known."""
-        size = max(view.reducible_count // view.frames, 1)
-        return Outcome(max(self.keep_count(view) // size, 1 if view.frames > 1 else 0) * size)
+        """Whole frames, taking all to be of one size, at least one; where nothing is known of frames, the allowance."""
+        count, size, least = self.keep_count(view), max(view.reducible_count // view.frames, 1), view.whole_frame
+        if view.contents is None:
+            return Outcome(count)
+        whole = count // size * size
+        return Outcome(whole if whole >= least else self._first(view, count, least))
+
+    def _first(self, ctx: StageContext | CountView, count: int, size: int) -> int:
+        return ctx.at_least(size, f"uniform_frames may keep {count} vision tokens, and its first frame has {size}")
 
 
 def _spread(kept: int, total: int) -> list[int]:

@@ -100,12 +100,13 @@ class SimilarityMerge(Strategy):
         """As `decide`, taking `view.similar` of the tokens for similar at the first look and none at later ones."""
         config = self.config
         if config.threshold is None:
-            kept = self.keep_count(view, "merge")
+            kept = _mergeable(view, self.keep_count(view, "merge"), view.reducible_count - view.unmatched)
             return Outcome(kept if view.site.kind != "kv" else view.n - view.reducible_count + kept)
         count = 0 if view.state.setdefault("looked", False) else int(view.similar * view.reducible_count)
         if config.max_run is not None and view.frames > 1:
             spans = -(-view.frames // config.max_run)
             count = min(count, view.reducible_count * (view.frames - spans) // view.frames)
+        count = min(count, view.reducible_count - view.unmatched)
         view.state["looked"] = True
         if view.allowance_source is not None and view.reducible_count - count <= view.allowance("bound"):
             return Outcome(min(view.allowance("merge"), view.reducible_count), finished=True, budget_met=True)
@@ -120,13 +121,20 @@ def merge_most_similar(
 ) -> Decision:
     """Merge the most similar so that `keep` reducible tokens stay. previous: (n,) long; similarity: (n,), −inf for none."""
     candidates = similarity > -torch.inf
-    merges, possible = ctx.reducible_count - keep, int(candidates.sum())
-    if merges > possible:
-        fixed = ctx.n - ctx.reducible_count if ctx.site.kind == "kv" else 0
-        raise ctx.refusal(
-            ctx.reducible_count - possible + fixed,
-            f"similarity_merge at {ctx.site} would have to merge {merges} of {ctx.reducible_count} vision tokens, but only "
-            f"{possible} have a counterpart in an earlier frame",
-        )
+    merges = ctx.reducible_count - _mergeable(ctx, keep, int(candidates.sum()))
     target = merge_runs(previous, top_mask(similarity, merges, candidates))
     return Decision(ctx.merge(target, weighting), note=f"{merges} merged")
+
+
+def _mergeable(ctx: StageContext | CountView, keep: int, possible: int) -> int:
+    """How many reducible tokens stay where `keep` of them should, and `possible` of them have a counterpart."""
+    merges = ctx.reducible_count - keep
+    if merges <= possible:
+        return keep
+    fixed = ctx.n - ctx.reducible_count if ctx.site.kind == "kv" else 0
+    least = ctx.at_least(
+        ctx.reducible_count - possible + fixed,
+        f"similarity_merge at {ctx.site} would have to merge {merges} of {ctx.reducible_count} vision tokens, but only "
+        f"{possible} have a counterpart in an earlier frame",
+    )
+    return least - fixed
