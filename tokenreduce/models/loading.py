@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def load_model(
     for family in families():
         upstream = family.recognises(config)
         if upstream or config.get("model_type") == family.model_type:
+            _refuse_quantised(config, family.name, str(path_or_id))
             folder = path if path.is_dir() else _download(str(path_or_id))
             with foreign(CheckpointError, f"{shown(folder)}: cannot be loaded"):
                 model = family.load(folder, config, options) if upstream else family.load_native(folder, options)
@@ -115,6 +117,20 @@ def _config_file(path: Path, name: str) -> Path:
 
 def _download(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+
+
+def _refuse_quantised(config: Mapping[str, Any], family: str, name: str) -> None:
+    """Refuse, by the method's name, a quantised checkpoint of a family that tokenreduce loads itself."""
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        if method is None and isinstance(quantised, Mapping) and (quantised.keys() & {"load_in_4bit", "load_in_8bit"}):
+            method = "bitsandbytes"
+        raise UnsupportedError(
+            f"{shown(name)}: its weights are quantised ({method or 'by a method that its config.json does not name'}), which "
+            f"tokenreduce's own loader of {family} does not read; load an unquantised checkpoint, or a quantised one of a family "
+            "that transformers loads"
+        )
 
 
 def _load_with_transformers(name: str, options: LoadOptions) -> PreTrainedModel:
