@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.matrix import FAMILIES, METHODS, Case, Prompt, model, near, prompt
+from support.matrix import FAMILIES, METHODS, TOWER_METHODS, Case, Prompt, model, near, prompt
 
 import tokenreduce as tr
+from tokenreduce.errors import UnsupportedError
 
 NAMES = [case.name for case in METHODS]
 METHOD = {case.name: case for case in METHODS}
@@ -90,3 +91,10 @@ def test_a_batch_is_its_rows_alone(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_its_rows_alone_in_every_family(name: str, family: str) -> None:
     check(name, family)
+
+
+@pytest.mark.parametrize("name", TOWER_METHODS)
+def test_a_method_that_reads_a_tower_is_refused_where_there_is_none(name: str) -> None:
+    given, subject = gridded(prompt([3, range(14, 20), 5])), model()
+    with pytest.raises(UnsupportedError, match=r"tower\.mean"), tr.reduce(subject, name, layout=given.layout):
+        subject(**given.inputs)

@@ -16,6 +16,7 @@ from support.matrix import (
     METHODS,
     PROMPTS,
     TOLERANCE,
+    TOWER_METHODS,
     Case,
     check_prefill,
     decoder,
@@ -58,12 +59,13 @@ def test_every_strategy_and_preset_is_in_the_matrix() -> None:
     known = plugins.strategies()
     own = {name for name, s in known.items() if s.__module__.startswith("tokenreduce.") and issubclass(s, Strategy)}
     used = {stage.strategy for case in [*CASES, *METHODS] for stage in case.load().stages}
-    assert own <= used
+    assert own <= used | {*TOWER_METHODS}
     bare = {name for name in plugins.presets() if not build_vision(tr.load_pipeline(name))}
     named = {case.pipeline for case in [*CASES, *METHODS] if isinstance(case.pipeline, str)}
     # A preset that acts deeper than six layers has its strategy's line with another layer.
     deeper = {name for name in bare - named if tr.load_pipeline(name).stages[0].strategy in used}
-    assert bare <= named | deeper
+    tower = {name for name in bare if tr.load_pipeline(name).stages[0].strategy in TOWER_METHODS}
+    assert bare <= named | deeper | tower
 
 
 def test_the_oracle_is_the_dense_model_without_a_pipeline() -> None:

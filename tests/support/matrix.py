@@ -273,7 +273,11 @@ METHODS: list[Case] = [
     Case("pool_bilinear", _stages({"strategy": "pool", "keep_of_cell": "bilinear"})),
     Case("pool_random", _stages({"strategy": "pool", "keep_of_cell": "random"})),
     Case("text_only", "text_only"),
+    Case("pyramid_drop", "pyramid_drop"),
+    Case("sparsevlm", _stages({"strategy": "sparsevlm", "at": [2, 4], "keep": [0.6, 0.3]})),
 ]  # fmt: skip
+TOWER_METHODS = ("fastervlm", "vispruner", "visionzip", "prumerge", "fastvid", "holitom")
+"""Methods that read the vision tower, which these decoders have not: tests/strategies/zoo runs them, and test_methods."""
 BY_NAME = {case.name: case for case in CASES}
 CORE = (
     *("framefusion", "framefusion_official", "fastv", "noncascaded_merge", "random", "streaming_llm", "uniform_frames"),

@@ -86,6 +86,7 @@ def decoder(width: int, layers: int, dtype: torch.dtype) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=1,
         num_key_value_heads=1,
+        head_dim=2,
         max_position_embeddings=65536,
     )
     model = Qwen2ForCausalLM(config).eval().to(dtype)
@@ -100,9 +101,7 @@ def run(trial: Trial) -> Left:
     assert trial.hidden is not None
     assert trial.layout is not None
     hidden = trial.hidden
-    width = hidden.shape[-1]
-    model = decoder(width + width % 2, trial.layers, hidden.dtype)
-    embeds = nn.functional.pad(hidden, (0, width % 2))[None]
+    model = decoder(hidden.shape[-1], trial.layers, hidden.dtype)
     seen: list[Tensor] = []
     probe = model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     with ExitStack() as stack:
@@ -118,11 +117,11 @@ def run(trial: Trial) -> Left:
         attached = stack.enter_context(tr.reduce(model, pipeline, budget=trial.budget, layout=trial.layout))
         seen.clear()
         with torch.no_grad():
-            model(inputs_embeds=embeds, use_cache=False)
+            model(inputs_embeds=hidden[None], use_cache=False)
         kept = attached.trace.kept[0]
     probe.remove()
     vision = trial.layout.vision[0][kept]
-    return Left(kept[vision], seen[-1][0, vision, :width])
+    return Left(kept[vision], seen[-1][0, vision])
 
 
 def same_rows(ours: Tensor, recorded: Tensor) -> bool:

@@ -7,6 +7,7 @@ here of a method's parameters is general: cases that are not in this repository 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -238,6 +239,207 @@ def sttm(params: Params, t: Tensors, case: Params) -> Trials:
     ]
 
 
+class Tower:
+    """Recorded signals of a tower under the name that a strategy reads them by. attention: (H, n), keys: (n, C), pooled: (n,
+    D)."""
+
+    def __init__(self, attention: Tensor, keys: Tensor | None = None, pooled: Tensor | None = None) -> None:
+        self._attention, self._keys, self.pooled = (
+            None if x is None else torch.nn.functional.pad(x, (TEXT, TEXT) if x is attention else (0, 0, TEXT, TEXT))
+            for x in (attention, keys, pooled)
+        )
+
+    def attention(self, block: int = -1, queries: str = "mean", heads: str = "mean") -> Tensor:
+        assert self._attention is not None
+        return self._attention if heads == "each" else getattr(self._attention, "amax" if heads == "max" else heads)(0)
+
+    def keys(self, block: int = -1) -> Tensor:
+        assert self._keys is not None
+        return self._keys
+
+
+def fastv(params: Params, t: Tensors, case: Params) -> Trials:
+    hidden, first, size = t["in.hidden"][0], params["sys"], params["image"]
+    layout = tr.TokenLayout.video(before=first, frames=1, per_frame=size, after=len(hidden) - first - size)
+    kept, recorded = t.get("out.keep"), t["in.attn_last"]
+    if kept is not None:
+        kept = kept[(kept >= first) & (kept < first + size)]
+
+    def attention(ctx: Any, queries: Any = "last", heads: str = "mean", rows: str = "sum") -> Tensor:
+        assert (queries, heads) == ("last", "mean")
+        return recorded.mean(0)[ctx.position]
+
+    stages = stage("fastv", at=1, keep=tokens(params["rank"]))
+    return [("fastv", Trial(hidden=hidden, layout=layout, stages=stages, kept=kept, attention=attention))]
+
+
+def pyramiddrop(params: Params, t: Tensors, case: Params) -> Trials:
+    trials: Trials = []
+    for row, original in enumerate(params["image_tokens"]):
+        if not original:
+            continue
+        now, first = int(original * params["ratios"][params["stage"]]), params["image_posi"][row]
+        length = now + params["prompt_len"][row]
+        hidden, q, k = t["in.features"][row, :length], t["in.q"][row, :, :length], t["in.k"][row, :, :length]
+        layout = tr.TokenLayout.video(before=first, frames=1, per_frame=now, after=length - first - now)
+        kept = t["out.kept"][row] if "out.kept" in t else None
+        grouped = len(q) // len(k)
+        scores = q[:, -1:] @ k.repeat_interleave(grouped, 0).mT / q.shape[-1] ** 0.5
+        recorded = scores.float().softmax(-1)[:, 0]
+
+        def attention(
+            ctx: Any, queries: Any = "last", heads: str = "mean", rows: str = "sum", a: Tensor = recorded
+        ) -> Tensor:
+            assert (queries, heads) == ("last", "mean")
+            return a.mean(0)[ctx.position]
+
+        count = int(original * params["ratios"][params["stage"] + 1])
+        stages = stage("pyramid_drop", at=1, keep=tokens(count))
+        made = Trial(hidden=hidden, layout=layout, stages=stages, kept=None if kept is None else kept[kept >= 0])
+        made.attention = attention
+        if length > 2048 or (
+            str(params.get("tokenizer_model_max_length", "")).isdigit()
+            and length - now + count > int(params["tokenizer_model_max_length"])
+        ):
+            made.defect = "long sequences are cut silently, the question first"
+        trials.append(("pyramid_drop", made))
+    return trials or [("pyramid_drop", Trial(skip="no sample has vision tokens"))]
+
+
+def sparsevlm(params: Params, t: Tensors, case: Params) -> Trials:
+    if params["version"] != "1_0":
+        return [("sparsevlm", Trial(skip="version 2.0 divides attention by a self-product of the rotary table"))]
+    first, size, hidden = params["v_start"], params["n_visual"], t["in.hidden"][0]
+    layout = tr.TokenLayout.video(before=first, frames=1, per_frame=size, after=len(hidden) - first - size)
+    recorded, early = t["in.attn_text"][0], t["in.hidden_l0"][0]
+    after = first + size
+    out = t.get("out.hidden")
+
+    def attention(ctx: Any, queries: Any = "last", heads: str = "mean", rows: str = "sum") -> Tensor:
+        assert (heads, rows) == ("mean", "sum")
+        return recorded.mean(0)[queries - after].sum(0)
+
+    kept = min(params["budget"], size - 1)
+    recycled = int(0.3 * (size - kept)) + 1
+    count = kept + int(recycled / 10) + 1
+    features = None if out is None else out[0, first : len(out[0]) - (len(hidden) - after)]
+    stages = stage("sparsevlm", at=1, keep=tokens(count))
+    trial = Trial(hidden=hidden, layout=layout, stages=stages, features=features, attention=attention)
+    # Raters are chosen by the states that enter layer 0, which the recording has beside those of the layer.
+    trial.patches = [
+        (
+            "tokenreduce.strategies.merge.sparsevlm.early_states",
+            lambda ctx: early,
+        )
+    ]
+    return [("sparsevlm", trial)]
+
+
+def visionzip(params: Params, t: Tensors, case: Params) -> Trials:
+    trials: Trials = []
+    for row, hidden in enumerate(t["in.hidden"]):
+        size, few = len(hidden) - 1, params["contextual"]
+        count = params["dominant"] + few
+        attention, keys = t["in.attn_cls"][row, :, 1:], t["in.metric"][row, 1:].repeat(1, t["in.attn_cls"].shape[1])
+        out = t["out.features"][row, 1:] if "out.features" in t else None
+        made = video(hidden[1:], 1, features=out)
+        options = {"keep": tokens(min(count, size)), "contextual": few / count if count else 0.0, "rows": "cls"}
+        trial = Trial(**made, stages=stage("visionzip", **options), signals={"tower": Tower(attention, keys)})
+        trials.append(("visionzip", trial))
+    return trials
+
+
+def vispruner(params: Params, t: Tensors, case: Params) -> Trials:
+    trials: Trials = []
+    for row, features in enumerate(t["in.features"]):
+        count = params["visual_token_num"]
+        kept = t["out.kept"][row] if "out.kept" in t else None
+        made = video(features, 1, kept=places(kept))
+        options = {"keep": tokens(min(count, len(features))), "important": params["important_ratio"], "rows": "cls"}
+        trial = Trial(**made, stages=stage("vispruner", **options), signals={"tower": Tower(t["in.attn"][row])})
+        if kept is not None and len(kept.unique()) != count:
+            trial.defect = "another count comes back without an error"
+        trials.append(("vispruner", trial))
+    return trials
+
+
+def prumerge(params: Params, t: Tensors, case: Params) -> Trials:
+    features, plus = t["in.features"][0], params["variant"] == "prumerge_plus"
+    size = len(features)
+    q, k = t["in.q"][0], t["in.k"][0]
+    attention = (q[:1] @ k.T / q.shape[-1] ** 0.5).softmax(-1)[:, 1:]
+    out = t.get("out.features")
+    made = video(features, 1, features=None if out is None else out[0], signals={"tower": Tower(attention, k[1:])})
+    options: Params = {"plus": plus, "rows": "cls", "adaptive": params["adaptive"]}
+    if not params["adaptive"]:
+        top = int(size * params["reduction_ratio"])
+        options["keep"] = tokens(top if plus else top + 1)
+    trial = Trial(**made, stages=stage("prumerge", **options))
+    if plus and not params["adaptive"]:
+        trial.defect = "stride tokens are kept twice, and tokens of low place are lost"
+    return [("prumerge", trial)]
+
+
+def fastvid(params: Params, t: Tensors, case: Params) -> Trials:
+    frames, size, first = params["frames"], params["P"], params["start"]
+    hidden, out = t["in.hidden"][0], t.get("out.features")
+    pooled = t["in.frame_features"].repeat_interleave(size, 0)
+    seen = hidden[first : first + frames * size]
+    kept = t.get("out.keep")
+    if kept is not None:
+        kept = kept.flatten()
+        inside = (kept >= first) & (kept < first + frames * size)
+        out, kept = out[0][inside], kept[inside] - first
+    made = video(seen, frames, kept=places(kept), features=out)
+    made["signals"] = {"tower": Tower(t["in.attn"].flatten()[None], None, pooled)}
+    count = int(size * params["ratio"]) * frames
+    options = _fastvid(params, max(count, 1)) | {"variant": "onevision"}
+    return [("fastvid onevision", Trial(**made, stages=stage("fastvid", **options)))]
+
+
+def _fastvid(params: Params, count: int) -> Params:
+    options = {
+        "threshold": max(params["tau"], -1.0),
+        "context": params["d"],
+        "stride": params["p"],
+        "beta": params["beta"],
+    }
+    return options | {"keep": tokens(count), "cuts": max(params["c"] - 1, 0)}
+
+
+def fastvid_llavavideo(params: Params, t: Tensors, case: Params) -> Trials:
+    frames = params["frames"]
+    seen = t["in.video"]
+    made = video(seen, frames, kept=places(t.get("out.keep")), features=t.get("out.features"))
+    marker = torch.zeros_like(made["layout"].slot)
+    newline = torch.arange(len(seen)) % 14 == 13
+    marker[0, TEXT : TEXT + len(seen)] = newline.long()
+    made["layout"] = replace(made["layout"], marker=marker)
+    attention = torch.zeros(len(seen), dtype=t["in.attn"].dtype)
+    attention[~newline] = t["in.attn"].flatten()
+    pooled = t["in.frame_features"].repeat_interleave(len(seen) // frames, 0)
+    made["signals"] = {"tower": Tower(attention[None], None, pooled)}
+    options = _fastvid(params, int(169 * params["ratio"]) * frames) | {"row_newlines": True}
+    return [("fastvid", Trial(**made, stages=stage("fastvid", **options)))]
+
+
+def holitom(params: Params, t: Tensors, case: Params) -> Trials:
+    features, out = t["in.features"], t.get("out.features")
+    if out is not None and params["newline"] == "grid":
+        out = out[(out - t["in.newline"]).abs().amax(-1) > 0]
+    made = video(features, len(features), features=out, signals={"tower": Tower(t["in.attn"].flatten()[None])})
+    beta = params["Beta"] if params["NO_BETA"] in ("unset", None, "0") else None
+    options = {
+        "threshold": params["tau"],
+        "contextual": params["D"],
+        "beta": beta,
+        "neighbours": params["K"],
+        "window": params["max_window_size"],
+        "keep": params["retain_ratio"],
+    }
+    return [("holitom_released", Trial(**made, stages=stage("holitom", counts="released", **options)))]
+
+
 TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "divprune": divprune,
     "vidcom2": vidcom2,
@@ -251,4 +453,13 @@ TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "llava_scissor": llava_scissor,
     "prunevid": prunevid,
     "sttm": sttm,
+    "fastvid": fastvid,
+    "fastvid_llavavideo": fastvid_llavavideo,
+    "holitom": holitom,
+    "fastv": fastv,
+    "pyramiddrop": pyramiddrop,
+    "sparsevlm": sparsevlm,
+    "visionzip": visionzip,
+    "vispruner": vispruner,
+    "prumerge": prumerge,
 }
