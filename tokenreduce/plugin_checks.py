@@ -18,6 +18,7 @@ from tokenreduce.errors import LayoutError, PluginError, call_plugin
 from tokenreduce.ops.carry import Carry
 from tokenreduce.reduction import Reduction
 from tokenreduce.strategy import (
+    HOLDING,
     SITE_ORDER,
     VISION_ORDER,
     CountView,
@@ -105,6 +106,15 @@ def check_reduction(who: str, reduction: Reduction, shape: tuple[int, int], devi
         reduction.validate()
     except LayoutError as error:
         raise PluginError(f"{who}: {error}") from None
+
+
+def check_heads(who: str, kept: Tensor) -> None:
+    """Refuse heads that keep different numbers of tokens, or none. kept: (rows, n) bool."""
+    counts = kept.sum(1)
+    if bool((counts != counts[0]).any()):
+        raise PluginError(f"{who} keeps {counts.tolist()} tokens in its heads; they must be equally many")
+    if not int(counts[0]):
+        raise PluginError(f"{who} keeps no token at all in the cache; keep one")
 
 
 def _check_span(who: str, site: Site, span: Span, reduction: Reduction | None) -> None:
@@ -212,7 +222,7 @@ def outcome_of(strategy: Strategy, view: CountView) -> Outcome:
     outcome: Any = call_plugin(who, lambda: strategy.forecast(view))
     if not isinstance(outcome, Outcome):
         raise PluginError(f"{who} must be an Outcome, got {_short(outcome)}")
-    most = LONGEST_SPAN if view.site.kind == "kv" else view.reducible_count
+    most = LONGEST_SPAN if view.site.kind in HOLDING else view.reducible_count
     if type(outcome.count) is not int or not 0 <= outcome.count <= most:
         raise PluginError(f"{who} is {_short(outcome.count)} tokens; it must be a whole number from 0 to {most}")
     _check_flags(who, outcome)

@@ -40,9 +40,11 @@ from tokenreduce.ops.groups import Groups, grouped, shared, top_in_groups
 from tokenreduce.ops.topk import top_mask
 from tokenreduce.reduction import Mixture, Reduction, Weighting
 
-SiteKind = Literal["pre_attention", "kv", "pre_ffn"]
-SITE_ORDER: tuple[SiteKind, ...] = ("pre_attention", "kv", "pre_ffn")
+SiteKind = Literal["pre_attention", "kv", "cache", "pre_ffn"]
+SITE_ORDER: tuple[SiteKind, ...] = ("pre_attention", "kv", "cache", "pre_ffn")
 """The order in which a layer passes its sites."""
+HOLDING: tuple[SiteKind, ...] = ("kv", "cache")
+"""Sites at which a stage says what a layer's KV cache holds, while all hidden states go on; a layer has one of the two."""
 VisionKind = Literal["vision.input", "vision.block"]
 VISION_ORDER: tuple[VisionKind, ...] = ("vision.input", "vision.block")
 """Sites of the vision tower, all before those of the decoder; see tokenreduce.vision."""
@@ -54,7 +56,11 @@ CountKind = Literal["known", "solved", "video"]
 
 
 class Site(NamedTuple):
-    """A place in the decoder where tokens can go: `pre_attention`, `kv` or `pre_ffn` of layer `layer`."""
+    """A place in the decoder where tokens can go: `pre_attention`, `kv`, `cache` or `pre_ffn` of layer `layer`.
+
+    At `kv` keys and values go before the layer's attention, which then does not see them; at `cache` after it, so that the
+    layer's output is as it was.
+    """
 
     layer: int
     kind: SiteKind
@@ -62,7 +68,7 @@ class Site(NamedTuple):
     @property
     def order(self) -> int:
         """Sorts sites in the order a forward passes them."""
-        return 3 * self.layer + SITE_ORDER.index(self.kind)
+        return 3 * self.layer + {"pre_attention": 0, "pre_ffn": 2}.get(self.kind, 1)
 
     def __str__(self) -> str:
         return f"layer[{self.layer}].{self.kind}"
@@ -79,6 +85,7 @@ class Capabilities:
     spans: at `kv` sites it decides on attention spans instead of which tokens stay.
     across_media: it may merge tokens of one image or video into another's. needs: what not every model can give; a pipeline
     that needs what the model or the layout lacks is refused by name before anything runs.
+    text: at `cache` sites it may drop text, too; `ctx.reducible` is then all tokens.
     """
 
     sites: tuple[SiteKind, ...] | tuple[VisionKind, ...]
@@ -90,6 +97,7 @@ class Capabilities:
     spans: bool = False
     across_media: bool = False
     needs: tuple[Signal, ...] = ()
+    text: bool = False
 
 
 class AnyStageConfig(BaseModel):
@@ -244,6 +252,7 @@ class StageContext:
     per_medium: int | None = None
     """Where the stage says `keep: {tokens: …, per: medium}`: how many tokens of each image or video stay."""
     settle_source: Callable[[int, str], int] | None = None
+    held_source: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def n(self) -> int:
@@ -308,7 +317,7 @@ class StageContext:
     def allowance(self, action: Action = "prune") -> int:
         """How many reducible tokens may stay from here on so that the whole forward meets its budget; at least 1.
 
-        At `kv` sites: how many tokens in all the layer's KV cache may hold. `action` matters only to a budget with
+        At `kv` and `cache` sites: how many tokens in all the layer's KV cache may hold. `action` matters only to a budget with
         `arithmetic: released`: a `prune` keeps the nearest number, a `merge` rounds up, `bound` rounds down.
         """
         if self.allowance_source is None:
@@ -343,8 +352,8 @@ class StageContext:
 
         queries: `last` row, `all` rows (cumulative importance), the last so many rows, or (r,) long, places among the n tokens:
         one pass, whatever their number. rows: `max` over them instead of the sum, or `each`. heads: `each` keeps them apart. The
-        axes come first: (H, n), (r, n), (H, r, n). At `pre_ffn` sites the layer's own attention, at `pre_attention` sites that of
-        the layer before. No N×N matrix is made, unless all rows are asked for each.
+        axes come first: (H, n), (r, n), (H, r, n). At `cache` and `pre_ffn` sites the layer's own attention, at `pre_attention`
+        sites that of the layer before. No N×N matrix is made, unless all rows are asked for each.
         """
         if isinstance(queries, Tensor):
             if queries.dtype != torch.long or queries.dim() != 1:
@@ -364,6 +373,23 @@ class StageContext:
         if self.attention_source is None:
             raise PipelineError(f"{self.site}: no attention has been computed before this site")
         return self.attention_source(queries, heads) if rows == "sum" else self.attention_source(queries, heads, rows)
+
+    @property
+    def keys(self) -> Tensor:
+        """(G, n, d): keys of the tokens in the attention that `attention` is of, after rotation, by KV head."""
+        return self._held()[0]
+
+    @property
+    def values(self) -> Tensor:
+        """(G, n, d): values of the tokens, see `keys`."""
+        return self._held()[1]
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        if self.held_source is None:
+            raise PipelineError(
+                f"{self.site}: a strategy reads keys or values, which are there at `cache` sites, and where it reads attention"
+            )
+        return self.held_source()
 
     # Groups -----------------------------------------------------------------------------------------------------------
 
@@ -416,8 +442,12 @@ class StageContext:
         """Keep every token that may not be touched and the `count` (default: what the budget leaves) others of highest score.
 
         scores: (n,). Ties go to the earlier token; NaN ranks last. per, counts: instead of one count, so many of each group;
-        reducible tokens in no group go.
+        reducible tokens in no group go. At `cache` sites scores may be (G, n), a choice for each KV head.
         """
+        if scores.dim() == 2 and self.site.kind == "cache" and per is None:
+            each = [self.keep_top(row, count) for row in scores]
+            kept = tuple(number for one in each for number in one.counts or ())
+            return Reduction(torch.cat([one.target for one in each]), counts=kept, merges=False)
         if scores.shape != (self.n,):
             raise ValueError(f"keep_top needs one score per token, ({self.n},), got {tuple(scores.shape)}")
         if per is None and self.per_medium is not None and count is not None:
@@ -448,13 +478,15 @@ class StageContext:
     ) -> Reduction:
         """Merge tokens into `target` (n,) long: its own place for a token that stays, −1 for one that is dropped.
 
+        At `cache` sites keys and values merge, by `weighting`; there `target` may be (G, n), a choice for each KV head.
+
         weighting: `size`: the mean of the originals. `plain`: the mean of what is there. `keep_first`: the token that stays
         keeps its state, and what merges into it only counts. weights: (n,) float, instead: a reducible token that stays becomes
         Σ w·x over the tokens whose target it is, itself included, whether or not the weights sum to one. mixture: instead, edges
         from any tokens into any that stay, see Mixture. Merging across media needs Capabilities(across_media=True).
         """
         if weights is None and mixture is None:
-            return Reduction.merge(target[None], weighting)
+            return Reduction.merge(target if target.dim() == 2 else target[None], weighting)
         if weights is not None:
             if weights.shape != (self.n,) or not weights.is_floating_point():
                 raise ValueError(f"merge needs one weight per token, ({self.n},) float, got {tuple(weights.shape)}")
@@ -561,8 +593,8 @@ class CountView:
 
 
 def reducible_allowance(ctx: StageContext | CountView, action: Action = "prune") -> int:
-    """How many reducible tokens the allowance leaves: at `kv` sites it counts those that always stay, too."""
-    fixed = ctx.n - ctx.reducible_count if ctx.site.kind == "kv" else 0
+    """How many reducible tokens the allowance leaves: at `kv` and `cache` sites it counts those that always stay, too."""
+    fixed = ctx.n - ctx.reducible_count if ctx.site.kind in HOLDING else 0
     return max(ctx.allowance(action) - fixed, 1)
 
 
@@ -608,7 +640,7 @@ class Strategy(ABC):
 
         The default is for strategies that keep as many as they may: the stage's `keep`, else the budget's allowance."""
         count = self.keep_count(view) if self.capabilities.chooses_count else view.reducible_count
-        return Outcome(count + (view.n - view.reducible_count if view.site.kind == "kv" else 0))
+        return Outcome(count + (view.n - view.reducible_count if view.site.kind in HOLDING else 0))
 
     def carry(self, depth: int) -> Carry | None:
         """What the stage remembers between the chunks of a stream (`tokenreduce.stream`).

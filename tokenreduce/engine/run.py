@@ -219,6 +219,9 @@ class Run:
         self._check_pipeline()
         sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
+        self._cache_sites = any(site.kind == "cache" for site in sites)
+        if self._cache_sites and host.group is not None:
+            raise UnsupportedError(f"{host.family}: stages at `cache` sites do not support tensor parallelism")
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._active = ActiveForwards(host, pairs)
         entries = EntryPoints(self._before_model, self._before_decoder, self._after_decoder, self._after_head)
@@ -311,6 +314,11 @@ class Run:
                 raise UnsupportedError(
                     f"{self.host.family}: a budget per medium is not supported in a compiled model; call it without torch.compile"
                 )
+            if self._cache_sites:
+                raise UnsupportedError(
+                    f"{self.host.family}: stages at `cache` sites are not supported in a compiled model; call it without "
+                    "torch.compile"
+                )
         if self._kv_sites and call.past and call.valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
         sequences = calls.sequences(
@@ -322,7 +330,7 @@ class Run:
         use_cache = self.host.config.use_cache if use_cache is None else use_cache
         if not use_cache:
             refuse_packed(self.host.family, call)
-        if cache is None and (use_cache or self._kv_sites):
+        if cache is None and (use_cache or self._kv_sites or self._cache_sites):
             from transformers import DynamicCache
 
             cache = DynamicCache(config=self.host.config)

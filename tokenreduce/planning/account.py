@@ -14,7 +14,7 @@ from fractions import Fraction
 from tokenreduce.budget import Budget, in_bytes, in_flops
 from tokenreduce.errors import BudgetError
 from tokenreduce.planning.cost import DecoderShape, prefill_flops
-from tokenreduce.strategy import SITE_ORDER, Contents, Site
+from tokenreduce.strategy import Contents, Site
 
 SPAN_BLOCK = 128
 """Queries per block of an attention over a span."""
@@ -112,7 +112,7 @@ class Account:
             pending[site.order] = min(most, pending.get(site.order, most))
         count = now
         for layer in range(min(len(attn), len(ffn)), self.shape.layers):
-            for step, kind in enumerate(SITE_ORDER):
+            for step, kind in enumerate(("pre_attention", "kv", "pre_ffn")):
                 count = min(count, pending.get(3 * layer + step, count))
                 if kind == "kv" and layer >= len(attn):
                     attn.append(count)
@@ -164,15 +164,22 @@ class Account:
             yield at, self.fixed + max(int(keep * share**power), min(keep, least))
 
     def kv_allowance(
-        self, layer: int, scheduled: Sequence[int], tokens: int, span: bool, reading: ImportanceCost | None = None
+        self,
+        layer: int,
+        scheduled: Sequence[int],
+        tokens: int,
+        span: bool,
+        reading: ImportanceCost | None = None,
+        after: bool = False,
     ) -> int:
         """The most tokens that the KV cache of `layer` and of each later layer in `scheduled` may hold; −1 if none.
 
-        tokens: tokens alive. span: whether queries see a moving span instead of all held keys, see `kv_pairs`.
+        tokens: tokens alive. span: whether queries see a moving span instead of all held keys, see `kv_pairs`. after: whether the
+        others go after the layer's attention, so that it compares all.
         """
 
         def fits(held: int) -> bool:
-            return self.project_kv(layer, scheduled, tokens, held, span, reading) <= self.limit
+            return self.project_kv(layer, scheduled, tokens, held, span, reading, after) <= self.limit
 
         if not fits(0):
             return -1
@@ -190,15 +197,16 @@ class Account:
         held: int,
         span: bool,
         reading: ImportanceCost | None = None,
+        after: bool = False,
     ) -> int:
         """Cost of the whole forward if the caches of `layer` and of the later ones in `scheduled` hold `held` tokens."""
-        attn, ffn, kv, pairs = list(self.attn), list(self.ffn), list(self.kv), list(self.pairs)
+        attn, ffn, kv, pairs = self.attn[:layer], self.ffn[:layer], self.kv[:layer], self.pairs[:layer]
         for at in range(layer, self.shape.layers):
             reduced = at in scheduled and held < tokens
             attn.append(tokens)
             ffn.append(tokens)
             kv.append(held if reduced else tokens)
-            pairs.append(kv_pairs(tokens, held, span) if reduced else None)
+            pairs.append(kv_pairs(tokens, held, span) if reduced and not after else None)
         return self.cost(attn, ffn, kv, pairs) + (reading(attn) if reading is not None and self.reads else 0)
 
     def share(self, cost: int) -> float:

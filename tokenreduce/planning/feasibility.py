@@ -13,7 +13,7 @@ from tokenreduce.planning.account import Account
 from tokenreduce.planning.cost import DecoderShape
 from tokenreduce.planning.schedule import least_cost, too_late
 from tokenreduce.plugin_checks import flag, sites_of
-from tokenreduce.strategy import Contents, Strategy
+from tokenreduce.strategy import HOLDING, Contents, Strategy
 
 
 def check_pipeline(strategies: Sequence[Strategy], budget: Budget | None, shape: DecoderShape) -> None:
@@ -53,31 +53,34 @@ def check_rows(
 def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
     """Refuse stages that would get in each other's way at the KV cache of a layer: PipelineError."""
     holders: dict[int, str] = {}
+    before: dict[int, str] = {}
     for strategy in strategies:
         for name in ("once", "fixed_count", "needs_budget"):  # So that a fault is found before any forward.
             flag(strategy, name)
         sites = sites_of(strategy, depth)
         _check_shares(strategy, len(sites))
         for site in sites:
-            if site.kind == "kv" and site.layer in holders:
+            if site.kind in HOLDING and site.layer in holders:
                 raise PipelineError(
                     f"{holders[site.layer]} and {strategy.name} both act at {site}; keep them apart by `at`, `from` or `until`"
                 )
-            if site.kind == "kv":
+            if site.kind in HOLDING:
                 holders[site.layer] = strategy.name
+                if site.kind == "kv":
+                    before[site.layer] = strategy.name
     for strategy in strategies:
         for site in filter(strategy.reads, sites_of(strategy, depth)):
-            layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
-            if site.kind != "kv" and layer in holders:
+            layer = site.layer - 1 if site.kind == "pre_attention" else site.layer
+            if site.kind != "kv" and layer in before:
                 raise PipelineError(
-                    f"{strategy.name} at {site} would read attention of layer {layer}, where {holders[layer]} acts on keys and "
+                    f"{strategy.name} at {site} would read attention of layer {layer}, where {before[layer]} acts on keys and "
                     "values, so that it is not attention to tokens; keep them apart by `at`, `from` or `until`"
                 )
 
 
 def _refuse_at_cache(strategies: Sequence[Strategy], budget: Budget, depth: int) -> None:
     for strategy in strategies:
-        if any(site.kind == "kv" for site in sites_of(strategy, depth)):
+        if any(site.kind in HOLDING for site in sites_of(strategy, depth)):
             raise PipelineError(
                 f"budget {budget}: {strategy.name} acts on the KV cache of the whole sequence; `per: medium` does not go with it"
             )

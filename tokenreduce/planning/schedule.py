@@ -13,7 +13,7 @@ from tokenreduce.errors import BudgetError
 from tokenreduce.planning.account import Account, Change, ImportanceCost, kv_pairs, released_removal
 from tokenreduce.planning.cost import importance_flops
 from tokenreduce.plugin_checks import flag, outcome_of, sites_of
-from tokenreduce.strategy import SITE_ORDER, Action, Contents, CountView, Outcome, Queries, Site, Strategy
+from tokenreduce.strategy import HOLDING, SITE_ORDER, Action, Contents, CountView, Outcome, Queries, Site, Strategy
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Conductor:
     def _leaving(self, looks: Sequence[Look]) -> Iterator[Change]:
         """How many tokens stay after each of `looks`, where it is not the video that tells: the least if a budget does."""
         for site, run in looks:
-            if site.kind != "kv" and run.strategy.capabilities.chooses_count:
+            if site.kind not in HOLDING and run.strategy.capabilities.chooses_count:
                 try:
                     count = run.strategy.count_at(site, self.depth, self.account.reducible)
                 except (TypeError, ValueError):
@@ -131,7 +131,7 @@ class Conductor:
         reducible = tokens - account.fixed
         for site, run in looks:
             if run.strategy.reads(site):
-                layer = site.layer if site.kind == "pre_ffn" else site.layer - 1
+                layer = site.layer - 1 if site.kind == "pre_attention" else site.layer
                 view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), _one)
                 view.reading = lambda queries, layer=layer: read.append((layer, queries))  # type: ignore[misc]
                 outcome_of(run.strategy, view)
@@ -178,10 +178,11 @@ class Conductor:
                 f"{run.strategy.name} solves its count from a budget: give `budget`, or the stage's `keep`"
             )
         reading = self._reading(self._to_come(run, site), tokens)
-        if site.kind == "kv":
-            span = run.strategy.capabilities.spans
-            held = account.kv_allowance(site.layer, [at.layer for at in run.sites], tokens, span, reading)
-            least = 1 if span else account.fixed + 1
+        if site.kind in HOLDING:
+            span, free = run.strategy.capabilities.spans, takes_text(run.strategy, site)
+            after = site.kind == "cache"
+            held = account.kv_allowance(site.layer, [at.layer for at in run.sites], tokens, span, reading, after)
+            least = 1 if span or free else account.fixed + 1
             return held if held >= least else self._settle_allowance(run, site, tokens, least)
         if account.budget.arithmetic == "released":
             return self._released(reducible, action)
@@ -220,7 +221,7 @@ class Conductor:
         twin.record(mine, site, outcome.finished, outcome.budget_met, outcome.consumed)
         held = least if site.kind == "kv" else None
         _go_on(
-            twin, site, reducible if held is not None else least, similar=similar, frames=1, least=True, held=held,
+            twin, site, reducible if site.kind in HOLDING else least, similar=similar, frames=1, least=True, held=held,
             span=run.strategy.capabilities.spans,
         )  # fmt: skip
         return twin.account.spent
@@ -235,8 +236,10 @@ class Conductor:
         similar: float = 0.0,
     ) -> Outcome:
         """What `run` would do at `site`. Nothing of it is noted, and no reading of attention is paid for."""
-        account = self.account
-        view = CountView(site, self.depth, tokens, reducible, account.reducible, dict(run.state), solve, similar)
+        account, original = self.account, self.account.reducible
+        if takes_text(run.strategy, site):
+            reducible, original = tokens, account.total
+        view = CountView(site, self.depth, tokens, reducible, original, dict(run.state), solve, similar)
         view.contents = account.contents
         view.frames = 1 if view.contents is None else view.contents.frames
         return outcome_of(run.strategy, view)
@@ -326,10 +329,11 @@ def _go_on(
             site = Site(layer, kind)
             if site.order < start.order:
                 continue
-            if kind == "pre_ffn" and len(account.attn) <= layer:
+            if kind == "cache" and len(account.attn) <= layer:
                 account_attention(account, account.fixed + reducible, held, span)
             for run in conductor.due(site, lambda: account.fixed + reducible):  # noqa: B023
                 tokens = account.fixed + reducible
+                free = takes_text(run.strategy, site)
                 solve: Callable[[Action], int] | None = None
                 if account.budget is not None:
                     solve = _one if least else partial(conductor.allowance, run, site, reducible, tokens)
@@ -337,8 +341,8 @@ def _go_on(
                     site,
                     conductor.depth,
                     tokens,
-                    reducible,
-                    account.reducible,
+                    tokens if free else reducible,
+                    account.total if free else account.reducible,
                     run.state,
                     solve,
                     similar,
@@ -348,9 +352,11 @@ def _go_on(
                     _settled if least and run.solved else partial(conductor.settle, run, site, tokens),
                 )
                 outcome = outcome_of(run.strategy, view)
-                left = outcome.count if kind == "kv" else account.fixed + outcome.count
+                left = outcome.count if kind in HOLDING else account.fixed + outcome.count
                 if kind == "kv":
                     held, span = min(outcome.count, tokens), run.strategy.capabilities.spans
+                elif kind == "cache":
+                    account.kv[-1] = min(outcome.count, tokens)
                 else:
                     reducible = outcome.count
                 conductor.record(run, site, outcome.finished, outcome.budget_met, outcome.consumed)
@@ -360,6 +366,11 @@ def _go_on(
 
 def _settled(least: int, reason: str) -> int:
     return least
+
+
+def takes_text(strategy: Strategy, site: Site) -> bool:
+    """Whether the stage may drop text there, and not only vision tokens."""
+    return site.kind == "cache" and strategy.capabilities.text
 
 
 def _one(action: Action) -> int:

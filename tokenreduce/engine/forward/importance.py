@@ -30,15 +30,20 @@ class AttentionRecord:
     key: Tensor
     scale: float
     rows: RowSums
+    value: Tensor | None = None
+    held: Tensor | None = None
+    """(B, k) bool, which keys are no padding, where a stage has changed what the cache holds since."""
 
     @classmethod
-    def of(cls, layer: int, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> AttentionRecord:
+    def of(
+        cls, layer: int, query: Tensor, key: Tensor, kwargs: Mapping[str, Any], value: Tensor | None = None
+    ) -> AttentionRecord:
         """UnsupportedError where attention is not a softmax of scaled products alone."""
         refused = [name for name in UNREADABLE if kwargs.get(name) is not None]
         if refused:
             raise UnsupportedError(f"importance is not defined here for attention with {', '.join(refused)}")
         scale = kwargs.get("scaling")
-        return cls(layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), RowSums())
+        return cls(layer, query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), RowSums(), value)
 
     def importance(
         self,
@@ -57,12 +62,8 @@ class AttentionRecord:
         """
         n = len(sequence.attended)
         places = batch.columns_of(n, self.query.shape[2])
-        q, k = self.query[sequence.row, :, places], self.key[sequence.row]
-        if cache is not None and cache.not_padding is not None:
-            k = k[:, lengthened(cache.not_padding, k.shape[1])[sequence.row]]
-        elif cache is None:
-            k = k[:, batch.columns_of(n, k.shape[1]).start :]
-        k = k[:, : k.shape[1] - batch.draft]
+        q = self.query[sequence.row, :, places]
+        k = self._of_row(self.key, batch, cache, sequence)
         if isinstance(queries, Tensor):
             count = len(queries)
             chosen = queries if len(sequence) == n else torch.searchsorted(sequence.attended, sequence.alive[queries])
@@ -86,8 +87,30 @@ class AttentionRecord:
             scores = scores.to(sequence.alive.device)[..., alive]
         return scores
 
+    def _of_row(self, x: Tensor, batch: Batch, cache: TokenLayer | None, sequence: TokenSequence) -> Tensor:
+        """(G, k, d): keys or values of a row, those of earlier turns first, without padding and draft."""
+        mine = x[sequence.row]
+        if self.held is not None:
+            mine = mine[:, self.held[sequence.row]]
+        elif cache is not None and cache.not_padding is not None:
+            mine = mine[:, lengthened(cache.not_padding, mine.shape[1])[sequence.row]]
+        elif cache is None:
+            mine = mine[:, batch.columns_of(len(sequence.attended), mine.shape[1]).start :]
+        return mine[:, : mine.shape[1] - batch.draft]
+
+    def keys_and_values(self, batch: Batch, cache: TokenLayer | None, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+        """(G, n, d) each, of the tokens alive."""
+        assert self.value is not None
+        n = len(sequence.attended)
+        alive = torch.searchsorted(sequence.attended, sequence.alive)
+        sides = []
+        for side in (self.key, self.value):
+            mine = self._of_row(side, batch, cache, sequence)[:, -n:]
+            sides.append(mine if len(sequence) == n else mine[:, alive.to(mine.device)])
+        return sides[0], sides[1]
+
 
 def reading_sites(run: StageRun) -> list[Site]:
     """Sites at which a stage reads attention."""
-    kinds: tuple[SiteKind, ...] = ("pre_ffn", "pre_attention")
+    kinds: tuple[SiteKind, ...] = ("pre_ffn", "pre_attention", "cache")
     return [site for site in run.sites if run.strategy.reads(site) and site.kind in kinds]

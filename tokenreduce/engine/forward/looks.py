@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tokenreduce import plugins
-from tokenreduce.engine.forward.sequence import AttentionSource, Part, TokenSequence
-from tokenreduce.planning.schedule import StageRun
+from tokenreduce.engine.forward.sequence import AttentionSource, HeldSource, Part, TokenSequence
+from tokenreduce.planning.schedule import StageRun, takes_text
 from tokenreduce.plugin_checks import as_decision, decide_with
 from tokenreduce.strategy import Decision, Site
 from tokenreduce.trace import StageTrace
@@ -33,13 +33,19 @@ class Looks:
         site: Site,
         hidden: Tensor,
         attention: AttentionSource | None,
+        held: HeldSource | None = None,
     ) -> Decision:
-        """What `run` decides about `part`, given the hidden (n, D) of `sequence`. PluginError where it breaks the contract."""
+        """What `run` decides about `part`, given the hidden (n, D) of `sequence`. PluginError where it breaks the contract.
+
+        held: keys and values, where it may read them."""
         who = f"strategy {run.strategy.name} at {site}"
-        ctx = sequence.context(run, site, hidden, attention, part)
+        ctx = sequence.context(run, site, hidden, attention, part, held)
         decision = as_decision(who, site, decide_with(who, run.strategy.decide, ctx))
         if decision.reduction is not None:
-            sequence.check(run.strategy.name, site, decision.reduction, run.strategy.capabilities.across_media)
+            allowed = run.strategy.capabilities
+            heads = None if held is None or site.kind != "cache" else held()[0].shape[0]
+            text = takes_text(run.strategy, site)
+            sequence.check(run.strategy.name, site, decision.reduction, allowed.across_media, heads, text)
         return decision
 
     def record(

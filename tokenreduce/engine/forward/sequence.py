@@ -12,13 +12,15 @@ from torch import Tensor
 from tokenreduce.errors import PluginError
 from tokenreduce.layout import roles
 from tokenreduce.planning.account import Account
-from tokenreduce.planning.schedule import Conductor, StageRun
-from tokenreduce.plugin_checks import check_reduction, lent, per_medium
+from tokenreduce.planning.schedule import Conductor, StageRun, takes_text
+from tokenreduce.plugin_checks import check_heads, check_reduction, lent, per_medium
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import Site, StageContext
+from tokenreduce.strategy import HOLDING, Site, StageContext
 
 AttentionSource = Callable[..., Tensor]
 """Of a TokenSequence and the arguments of `StageContext.attention`."""
+HeldSource = Callable[[], tuple[Tensor, Tensor]]
+"""Keys and values (G, n, d) of the tokens that are alive."""
 
 
 @dataclass
@@ -123,6 +125,7 @@ class TokenSequence:
         hidden: Tensor,
         attention: AttentionSource | None,
         part: Part | None = None,
+        held: HeldSource | None = None,
     ) -> StageContext:
         """What `run` sees; hidden: (n, D). The facts are copies: what becomes of them is the strategy's affair."""
         alive = self.alive
@@ -133,6 +136,8 @@ class TokenSequence:
             conductor, medium_only = part.conductor, part.medium
             count, original, tokens = part.reducible_count, part.original, part.tokens()
         reducible, medium = chosen(self.reducible), chosen(self.medium)
+        if takes_text(run.strategy, site):
+            reducible, count, original = torch.ones_like(alive, dtype=torch.bool), len(self), self.total
         return StageContext(
             site=site,
             depth=conductor.depth,
@@ -153,6 +158,7 @@ class TokenSequence:
             refusal_source=partial(conductor.refusal, run, site, tokens),
             fact_source=self._fact,
             tower_source=None if self.facts.tower is None else self._told,
+            held_source=held,
             per_medium=per_medium(run.strategy, site, conductor.depth),
             settle_source=partial(conductor.settle, run, site, tokens),
         )
@@ -167,30 +173,44 @@ class TokenSequence:
         assert self.facts.tower is not None
         return self.facts.tower(name, block)[self.alive]
 
-    def check(self, name: str, site: Site, reduction: Reduction, across_media: bool = False) -> None:
+    def check(
+        self,
+        name: str,
+        site: Site,
+        reduction: Reduction,
+        across_media: bool = False,
+        heads: int | None = None,
+        text: bool = False,
+    ) -> None:
         """Hold a strategy to its contract: PluginError where it misses tokens, touches text or merges across media.
 
-        across_media: whether it may do the last."""
-        check_reduction(f"strategy {name} at {site}", reduction, (1, len(self)), self.alive.device)
-        target, kept = reduction.target[0], reduction.kept[0]
+        across_media, text: whether it may do these. heads: KV heads of a `cache` site, each of which may have its own row."""
+        who = f"strategy {name} at {site}"
+        own = heads is not None and isinstance(reduction.target, Tensor) and reduction.target.shape[:1] == (heads,)
+        check_reduction(who, reduction, (heads if own and heads else 1, len(self)), self.alive.device)
+        target, kept = reduction.target, reduction.kept
+        if heads is not None:
+            check_heads(who, kept)
+        if text:
+            return
         reducible, medium = self.reducible[self.alive], self.medium[self.alive]
         if not bool((kept | reducible).all()):
-            raise PluginError(f"strategy {name} at {site} removes a token that must stay (text or protected)")
+            raise PluginError(f"{who} removes a token that must stay (text or protected)")
         into = target.clamp(min=0)
         fair = kept | (target < 0) | (reducible[into] & ((medium[into] == medium) | across_media))
         if not bool(fair.all()):
             raise PluginError(
-                f"strategy {name} at {site} merges a token into text or into another medium; the latter is for strategies that "
-                "declare Capabilities(across_media=True)"
+                f"{who} merges a token into text or into another medium; the latter is for strategies that declare "
+                "Capabilities(across_media=True)"
             )
         mixture = reduction.mixture
         if mixture is not None:
-            if site.kind == "kv":
-                raise PluginError(f"strategy {name} at {site} merges by a mixture, which goes with hidden states alone")
+            if site.kind in HOLDING:
+                raise PluginError(f"{who} merges by a mixture, which goes with hidden states alone")
             into, source = mixture.into, mixture.source
             fair = reducible[into] & reducible[source] & ((medium[into] == medium[source]) | across_media)
             if not bool(fair.all()):
-                raise PluginError(f"strategy {name} at {site} mixes with text, a protected token or another medium")
+                raise PluginError(f"{who} mixes with text, a protected token or another medium")
 
     def apply(
         self, reduction: Reduction, hidden: Tensor | None, passengers: list[Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tokenreduce.engine.cache.adopt import Before
 from tokenreduce.engine.cache.layers import Activity, KvPlan, TokenLayer, lengthened
 from tokenreduce.engine.forward.batch import Batch
+from tokenreduce.engine.forward.cache_stages import held_before, hold_less
 from tokenreduce.engine.forward.importance import AttentionRecord, reading_sites
 from tokenreduce.engine.forward.kv_stages import CacheCount, plan_kv
 from tokenreduce.engine.forward.looks import Looks
@@ -43,6 +45,8 @@ class Forward(Activity):
     """Of the layer whose attention ran last, as long as a stage may still read it."""
     reads: set[int]
     """Order (Site.order) of the sites at which a stage reads attention."""
+    cache_layers: set[int]
+    """Layers with a `cache` site."""
     kv_sites: bool
     """Whether a stage acts at a `kv` site."""
     ffn: Tensor | None
@@ -70,6 +74,10 @@ class Forward(Activity):
         # A row of text alone has no stages.
         self.reads = {site.order for s in batch.sequences for run in s.runs for site in reading_sites(run)}
         self.kv_sites = any(site.kind == "kv" for s in batch.sequences for run in s.runs for site in run.sites)
+        self.cache_layers = {
+            site.layer for s in batch.sequences for run in s.runs for site in run.sites if site.kind == "cache"
+        }
+        self._input: Tensor | None = None
         self.passengers = [[rows[s.row, s.columns.to(rows.device)] for rows in self.deepstack] for s in batch.sequences]
         self.before = Before(layers if batch.width > 1 else ())
         self._mask: Tensor | None = None
@@ -105,8 +113,15 @@ class Forward(Activity):
             for part in sequence.parts:
                 for run in part.conductor.due(site, part.tokens):
                     before, merged = len(sequence), 0
+                    read = self.attention is not None
                     decision = self.looks.ask(
-                        sequence, part, run, site, hidden, None if self.attention is None else self.importance
+                        sequence,
+                        part,
+                        run,
+                        site,
+                        hidden,
+                        self.importance if read else None,
+                        partial(self.keys_and_values, sequence) if read else None,
                     )
                     reduction = decision.reduction
                     if reduction is not None and (
@@ -142,6 +157,7 @@ class Forward(Activity):
                 self.pairs[layer, sequence.row] = count.pairs
         if cache is not None:
             cache.plan = plan
+        self._input = x if layer in self.cache_layers else None
 
     def finish_layer(self, layer: int, out: Tensor) -> Tensor:
         """Account for the FFN of `layer` and add its deepstack rows to out (B, m, D)."""
@@ -194,12 +210,32 @@ class Forward(Activity):
         mask: Any,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of `layer` with the mask that its tokens need."""
+        """Attention of `layer` with the mask that its tokens need; then its `cache` stages."""
         self.move(query.device)
+        out = self._attended(layer, base, module, query, key, value, mask, kwargs)
+        if self._input is not None:
+            cache, x, self._input = self.cache(layer), self._input, None
+            held = held_before(cache, key.shape[2], key.shape[0], key.device)
+            read = self.importance if 3 * layer + 1 in self.reads else None
+            if hold_less(self.looks, self.batch, layer, cache, x, read) and self.attention is not None:
+                self.attention.held = held
+        return out
+
+    def _attended(
+        self,
+        layer: int,
+        base: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
         cache = self.cache(layer)
         watched = base
-        if 3 * layer + 2 in self.reads or 3 * layer + 3 in self.reads:
-            self.attention = AttentionRecord.of(layer, query, key, kwargs)
+        if not self.reads.isdisjoint(range(3 * layer + 1, 3 * layer + 4)):
+            self.attention = AttentionRecord.of(layer, query, key, kwargs, value)
             if self.implementation == "sdpa":
                 watched = self.attention.rows.around(base)
         if cache is not None and cache.seen[0] is not None:
@@ -246,6 +282,12 @@ class Forward(Activity):
             self._mask = causal_mask(self.implementation, self.config, query, keys, valid)
             self._mask_key = query.shape[2], keys, query.device, not_padding
         return self._mask
+
+    def keys_and_values(self, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+        """(G, n, d) each, of the tokens of `sequence` in the last attention that ran."""
+        if self.attention is None or self.attention.value is None:
+            raise PluginError("keys and values are there as long as attention is read, and not in a compiled model")
+        return self.attention.keys_and_values(self.batch, self.cache(self.attention.layer), sequence)
 
     def importance(
         self,

@@ -30,7 +30,7 @@ from tokenreduce.pipeline import Pipeline, load_pipeline
 from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor
 from tokenreduce.plugin_checks import carry_of, sites_of
-from tokenreduce.strategy import Site
+from tokenreduce.strategy import HOLDING, Site
 
 WIDTH = 1024
 """Tokens that the decoder takes at once, unless the caller says otherwise."""
@@ -220,7 +220,7 @@ class Stream(Run):
         super()._check_pipeline()
         carries = [(strategy, carry_of(strategy, len(self.host.layers))) for strategy in self.strategies]
         for strategy, carry in carries:
-            where = [site for site in sites_of(strategy, len(self.host.layers)) if site.kind != "kv"]
+            where = [site for site in sites_of(strategy, len(self.host.layers)) if site.kind not in HOLDING]
             if where != ([] if carry is None else [Site(0, "pre_attention")]):
                 raise PluginError(
                     f"strategy {strategy.name} says that it can run in a stream, but acts at {where[-1:]}"
