@@ -91,6 +91,8 @@ class ModelAdapter(ABC):
     deepstack: ClassVar[tuple[str, str] | None] = None
     """Names of the decoder's arguments with the mask and the rows that it adds to vision tokens after its first layers
     (Qwen3-VL); the engine adds them itself, so that they follow merged and dropped tokens."""
+    grids: ClassVar[bool] = False
+    """Whether its layouts say row and column of each vision token."""
     notes: ClassVar[str] = ""
     """One line on what is special, for `tokenreduce models`."""
 

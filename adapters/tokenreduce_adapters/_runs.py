@@ -64,6 +64,7 @@ class VisionAdapter(ModelAdapter):
 
     kinds: ClassVar[tuple[Kind, ...]] = ("image", "video")
     """What the family can see."""
+    grids = True
     tags: ClassVar[tuple[int, int]] = (0, 0)
     """How many special tokens stand before and after every run of ids. They are text, marked as wrappers."""
 

@@ -197,12 +197,12 @@ def signals_for(
     return Signals(tower, wanted, adapter.name)
 
 
-def tower_needs(strategy: Strategy) -> list[str]:
+def tower_needs(strategy: Strategy | type[Strategy]) -> list[str]:
     """What it needs of the tower."""
     return [need for need in strategy.capabilities.needs if need.startswith("tower.")]
 
 
-def lacking(strategy: Strategy, model: nn.Module, adapter: ModelAdapter) -> str:
+def lacking(strategy: Strategy | type[Strategy], model: nn.Module, adapter: ModelAdapter) -> str:
     """Why the family of `model` cannot give `strategy` what it needs of the tower, in a clause; empty if it can."""
     offered = adapter.tower_signals(model)
     for need in tower_needs(strategy):
