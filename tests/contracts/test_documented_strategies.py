@@ -24,7 +24,7 @@ def _printed() -> Any:
     text = PAGE.read_text().partition("## What a strategy can see and say")[2]
     space: dict[str, Any] = {"__name__": "printed"}
     for block in re.findall(r"```python\n(.*?)```", text, re.S)[:2]:
-        exec(block, space)  # noqa: S102
+        exec(compile(block, "docs/plugins.md", "exec", dont_inherit=True), space)
 
     class Plugin:
         @hookimpl
@@ -41,7 +41,10 @@ def _printed() -> Any:
 def test_frame_shares(keep: Any) -> None:
     model, states = tiny_model(), []
     signal = torch.rand(1, TOKENS, 2, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), tr.reduce(model, {"stages": [{"strategy": "frame_shares", "keep": keep}]}, layout=layout()) as run:
+    with (
+        torch.no_grad(),
+        tr.reduce(model, {"stages": [{"strategy": "frame_shares", "keep": keep}]}, layout=layout()) as run,
+    ):
         run.signals = {"tower.mean": signal}
         handle = model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
         model(input_ids=prompt())

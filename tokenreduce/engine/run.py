@@ -220,7 +220,7 @@ class Run:
         sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         self._cache_sites = any(site.kind == "cache" for site in sites)
-        if self._cache_sites and host.group is not None:
+        if self._cache_sites and host.facts.group is not None:
             raise UnsupportedError(f"{host.family}: stages at `cache` sites do not support tensor parallelism")
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._active = ActiveForwards(host, pairs)
