@@ -255,3 +255,19 @@ def test_an_interrupt_from_the_keyboard_exits_130(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b"interrupted\n"
         assert process.wait() == 130
+
+
+def test_the_library_logs_what_it_loads_and_attaches(caplog: pytest.LogCaptureFixture) -> None:
+    from support.tiny import layout, tiny_model
+
+    with (
+        caplog.at_level("DEBUG", logger="tokenreduce"),
+        tokenreduce.reduce(tiny_model(), "fastv", budget=0.8, layout=layout()),
+    ):
+        pass
+    assert "pipeline fastv is on a Qwen2ForCausalLM, adapter decoder" in caplog.messages
+    library = [file for place in ("tokenreduce", "adapters") for file in (ROOT / place).rglob("*.py")]
+    printing = [
+        str(file) for file in library if "cli" not in file.parts and re.search(r"^\s*print\(", file.read_text(), re.M)
+    ]
+    assert printing == []

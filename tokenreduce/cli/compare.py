@@ -132,21 +132,25 @@ def compare_command(
             "kind": kind, "frames": tuple(frames or [16]), "positions": positions, "size": size, "placement": placement,
             "clips": tuple(clip or ()), "resolution": resolution, "grid": grid, "allow_outside": allow_outside,
         }  # fmt: skip
-        settings = _settings(
-            task,
-            arm,
-            budget,
-            on_infeasible,
-            model,
-            examples,
-            seed,
-            baseline,
-            needle,
-            questions,
-            (max_frames, fps, allow_truncated),
-            new_tokens,
-            loading_of(device, dtype, attn, device_map),
-        )
+        from tokenreduce.cli._progress import progress
+
+        with progress("compare") as state:
+            state.step("starting")
+            settings = _settings(
+                task,
+                arm,
+                budget,
+                on_infeasible,
+                model,
+                examples,
+                seed,
+                baseline,
+                needle,
+                questions,
+                (max_frames, fps, allow_truncated),
+                new_tokens,
+                loading_of(device, dtype, attn, device_map),
+            )
         summary = _run(settings, output, pictures, ray, gpus_per_worker)
     _print(summary)
     folder = Path(summary["report"])

@@ -63,18 +63,21 @@ def run_command(
 
     The default model reads numbered tiles alone; ask about a video of your own with --model.
     """
-    from tokenreduce.pipeline import load_pipeline
+    with progress("run") as state:
+        state.step("starting")
+        from tokenreduce.pipeline import load_pipeline
 
-    pipelines = [load_pipeline(source) for source in pipeline or ["framefusion"]]
-    if budget is not None:
-        pipelines = [loaded.with_budget(budget) for loaded in pipelines]
-    if on_infeasible is not None:
-        pipelines = [loaded.where_infeasible(on_infeasible) for loaded in pipelines]
-    from tokenreduce.cli._media import read_question
-    from tokenreduce.config.outputs import give_back, reserve_folder
+        pipelines = [load_pipeline(source) for source in pipeline or ["framefusion"]]
+        if budget is not None:
+            pipelines = [loaded.with_budget(budget) for loaded in pipelines]
+        if on_infeasible is not None:
+            pipelines = [loaded.where_infeasible(on_infeasible) for loaded in pipelines]
+        from tokenreduce.cli._media import read_question
+        from tokenreduce.config.outputs import give_back, reserve_folder
 
-    asking = read_question(video, question, model, fps, max_frames, allow_truncated)
-    where = loading_of(device, dtype, attn, device_map)
+        state.step("reading the video")
+        asking = read_question(video, question, model, fps, max_frames, allow_truncated)
+        where = loading_of(device, dtype, attn, device_map)
     folder = output or Path("runs") / asking.name
     made = reserve_folder(folder, force)
     try:

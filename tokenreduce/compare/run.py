@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ from tokenreduce.compare.worker import Done, Worker
 from tokenreduce.config.yaml_source import parse_yaml
 from tokenreduce.pipeline import load_pipeline
 from tokenreduce.testbed.embedded import EMBEDDED, unread
+
+_log = logging.getLogger(__name__)
 
 REPORT_EVERY = 60.0
 """Seconds between two reports while a comparison runs."""
@@ -56,6 +59,7 @@ def compare(
     try:
         store.check_rows()
         units = store.missing(settings.examples)
+        _log.info("%s: %d examples are done, %d to run", folder, len(store.finished), len(units))
         total, last = len(units) + len(store.finished), time.monotonic()
         tell(len(store.finished), total)
         try:

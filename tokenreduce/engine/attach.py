@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from tokenreduce.engine.run import Run, attached
 from tokenreduce.errors import AttachError, BudgetError, PipelineError, UnsupportedError
 from tokenreduce.layout import TokenLayout
 from tokenreduce.pipeline import Pipeline, load_pipeline
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["Run", "attach", "detach", "reduce"]
 
@@ -67,6 +70,7 @@ def reduce(
     except (PipelineError, BudgetError) as error:
         named = str(error).startswith("pipeline ")
         raise type(error)(f"{'' if named else f'pipeline {loaded.name}: '}{error}") from None
+    _log.debug("pipeline %s is on a %s, adapter %s", loaded.name, type(model).__name__, adapter.name)
     return _handle(run) if run.attached else run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ EMBEDDED = "embedded"
 """The name of the model that ships inside the package; `./embedded` is a folder of that name."""
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "testbed" / "weights"
 """Its checkpoint."""
+
+
+_log = logging.getLogger(__name__)
 
 
 def families() -> tuple[Family, ...]:
@@ -76,6 +80,7 @@ def load_model(
     check_config(config, shown(file), CheckpointError)
     if path.is_dir():
         check_folder(path)
+    _log.info("loading %s (%s)", shown(path_or_id), config.get("model_type"))
     for family in families():
         upstream = family.recognises(config)
         if upstream or config.get("model_type") == family.model_type:
