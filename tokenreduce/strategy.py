@@ -86,6 +86,8 @@ class Capabilities:
     across_media: it may merge tokens of one image or video into another's. needs: what not every model can give; a pipeline
     that needs what the model or the layout lacks is refused by name before anything runs.
     text: at `cache` sites it may drop text, too; `ctx.reducible` is then all tokens.
+    own_attention: at `pre_attention` sites `ctx.attention` is that which the layer itself is about to compute, not that of the
+    layer before: layer 0 has it, too. Its norm and projections run twice then (5 to 7 % of the layer).
     """
 
     sites: tuple[SiteKind, ...] | tuple[VisionKind, ...]
@@ -98,6 +100,7 @@ class Capabilities:
     across_media: bool = False
     needs: tuple[Signal, ...] = ()
     text: bool = False
+    own_attention: bool = False
 
 
 class AnyStageConfig(BaseModel):
@@ -353,7 +356,8 @@ class StageContext:
         queries: `last` row, `all` rows (cumulative importance), the last so many rows, or (r,) long, places among the n tokens:
         one pass, whatever their number. rows: `max` over them instead of the sum, or `each`. heads: `each` keeps them apart. The
         axes come first: (H, n), (r, n), (H, r, n). At `cache` and `pre_ffn` sites the layer's own attention, at `pre_attention`
-        sites that of the layer before. No N×N matrix is made, unless all rows are asked for each.
+        sites that of the layer before (the layer's own with Capabilities(own_attention=True)).
+        No N×N matrix is made, unless all rows are asked for each.
         """
         if isinstance(queries, Tensor):
             if queries.dtype != torch.long or queries.dim() != 1:
@@ -701,6 +705,7 @@ class Strategy(ABC):
         """The sites at which the stage is asked, in order, for a decoder of `depth` layers."""
         config = self.config
         kind: SiteKind = config.site or self.capabilities.sites[0]  # type: ignore[assignment]
+        own = self.capabilities.own_attention
         if config.at is not None and config.at != "next":
             layers = [layer_of(layer, depth) for layer in (config.at if isinstance(config.at, list) else [config.at])]
             if layers != sorted(set(layers)):
@@ -709,10 +714,10 @@ class Strategy(ABC):
                 )
         else:
             # Attention before a layer's own is that of the layer before: layer 0 has none.
-            first = 1 if kind == "pre_attention" and self.reads(Site(0, kind)) else 0
+            first = 1 if kind == "pre_attention" and self.reads(Site(0, kind)) and not own else 0
             last = depth - 1 if config.until is None else layer_of(config.until, depth)
             layers = list(range(max(layer_of(config.from_ or 0, depth), first), last + 1))
-        if kind == "pre_attention" and 0 in layers and self.reads(Site(0, kind)):
+        if kind == "pre_attention" and 0 in layers and self.reads(Site(0, kind)) and not own:
             raise PipelineError(
                 f"{self.name} reads attention, and before layer 0 there is none; let it act at layer 1 or later"
             )

@@ -220,8 +220,10 @@ class Run:
         sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
         self._cache_sites = any(site.kind == "cache" for site in sites)
-        if self._cache_sites and host.facts.group is not None:
-            raise UnsupportedError(f"{host.family}: stages at `cache` sites do not support tensor parallelism")
+        self._ahead = any(strategy.capabilities.own_attention for strategy in self.strategies)
+        if (self._cache_sites or self._ahead) and host.facts.group is not None:
+            what = "at `cache` sites" if self._cache_sites else "that look at attention ahead of its layer"
+            raise UnsupportedError(f"{host.family}: stages {what} do not support tensor parallelism")
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._active = ActiveForwards(host, pairs)
         entries = EntryPoints(self._before_model, self._before_decoder, self._after_decoder, self._after_head)
@@ -314,10 +316,10 @@ class Run:
                 raise UnsupportedError(
                     f"{self.host.family}: a budget per medium is not supported in a compiled model; call it without torch.compile"
                 )
-            if self._cache_sites:
+            if self._cache_sites or self._ahead:
+                what = "at `cache` sites" if self._cache_sites else "that look at attention ahead of its layer"
                 raise UnsupportedError(
-                    f"{self.host.family}: stages at `cache` sites are not supported in a compiled model; call it without "
-                    "torch.compile"
+                    f"{self.host.family}: stages {what} are not supported in a compiled model; call it without torch.compile"
                 )
         if self._kv_sites and call.past and call.valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")

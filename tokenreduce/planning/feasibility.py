@@ -11,7 +11,7 @@ from tokenreduce.errors import BudgetError, PipelineError, TokenReduceError
 from tokenreduce.pipeline import build, load_pipeline
 from tokenreduce.planning.account import Account
 from tokenreduce.planning.cost import DecoderShape
-from tokenreduce.planning.schedule import least_cost, too_late
+from tokenreduce.planning.schedule import least_cost, looks_ahead, too_late
 from tokenreduce.plugin_checks import flag, sites_of
 from tokenreduce.strategy import HOLDING, Contents, Strategy
 
@@ -21,6 +21,12 @@ def check_pipeline(strategies: Sequence[Strategy], budget: Budget | None, shape:
     check_sites(strategies, shape.layers)
     if budget is not None and budget.per == "medium":
         _refuse_at_cache(strategies, budget, shape.layers)
+    ahead = [strategy.name for strategy in strategies if strategy.capabilities.own_attention]
+    if ahead and budget is not None and budget.unit == "flops" and budget.amount != 1:
+        raise PipelineError(
+            f"budget {budget}: {ahead[0]} looks at attention ahead of its layer, whose cost cannot be planned; give a budget in "
+            "tokens"
+        )
     needy = [strategy.name for strategy in strategies if flag(strategy, "needs_budget")]
     if budget is None and needy:
         raise PipelineError(f"{needy[0]} solves its count from a budget: give `budget`, or the stage's `keep`")
@@ -71,6 +77,8 @@ def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
     for strategy in strategies:
         for site in filter(strategy.reads, sites_of(strategy, depth)):
             layer = site.layer - 1 if site.kind == "pre_attention" else site.layer
+            if looks_ahead(strategy, site):
+                continue
             if site.kind != "kv" and layer in before:
                 raise PipelineError(
                     f"{strategy.name} at {site} would read attention of layer {layer}, where {before[layer]} acts on keys and "
@@ -156,7 +164,7 @@ def read_later(strategies: Sequence[Strategy], depth: int) -> frozenset[int]:
         site.layer - 1
         for strategy in strategies
         for site in sites_of(strategy, depth)
-        if site.kind == "pre_attention" and strategy.reads(site)
+        if site.kind == "pre_attention" and strategy.reads(site) and not looks_ahead(strategy, site)
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenreduce.errors import BudgetError
 from tokenreduce.planning.account import Account, Change, ImportanceCost, kv_pairs, released_removal
-from tokenreduce.planning.cost import importance_flops
+from tokenreduce.planning.cost import DecoderShape, importance_flops
 from tokenreduce.plugin_checks import flag, outcome_of, sites_of
 from tokenreduce.strategy import HOLDING, SITE_ORDER, Action, Contents, CountView, Outcome, Queries, Site, Strategy
 
@@ -322,6 +322,7 @@ def _go_on(
         frames = contents.frames
     elif frames > 1:
         contents = Contents.even(account.reducible, frames)
+    paid: set[int] = set()
     for layer in range(start.layer, conductor.depth):
         if layer > start.layer:
             held, span = None, False
@@ -333,7 +334,10 @@ def _go_on(
                 account_attention(account, account.fixed + reducible, held, span)
             for run in conductor.due(site, lambda: account.fixed + reducible):  # noqa: B023
                 tokens = account.fixed + reducible
-                free = takes_text(run.strategy, site)
+                free, ahead = takes_text(run.strategy, site), looks_ahead(run.strategy, site)
+                if ahead and layer not in paid:
+                    paid.add(layer)
+                    account.selector_flops += look_ahead_flops(account.shape, tokens)
                 solve: Callable[[Action], int] | None = None
                 if account.budget is not None:
                     solve = _one if least else partial(conductor.allowance, run, site, reducible, tokens)
@@ -347,7 +351,7 @@ def _go_on(
                     solve,
                     similar,
                     frames,
-                    partial(_read, account),
+                    partial(_read, account, tokens if ahead else None),
                     contents,
                     _settled if least and run.solved else partial(conductor.settle, run, site, tokens),
                 )
@@ -373,12 +377,22 @@ def takes_text(strategy: Strategy, site: Site) -> bool:
     return site.kind == "cache" and strategy.capabilities.text
 
 
+def looks_ahead(strategy: Strategy, site: Site) -> bool:
+    """Whether the stage reads there what the layer itself is about to compute."""
+    return site.kind == "pre_attention" and strategy.capabilities.own_attention and strategy.reads(site)
+
+
+def look_ahead_flops(shape: DecoderShape, tokens: int) -> int:
+    """FLOPs of the projections to queries, keys and values that run once more for a look ahead."""
+    return 2 * tokens * shape.hidden * shape.head_dim * (shape.heads + 2 * shape.kv_heads)
+
+
 def _one(action: Action) -> int:
     return 1
 
 
-def _read(account: Account, queries: Queries) -> None:
-    account.selector_flops += reading_flops(account, account.attn[-1], queries)
+def _read(account: Account, ahead: int | None, queries: Queries) -> None:
+    account.selector_flops += reading_flops(account, account.attn[-1] if ahead is None else ahead, queries)
 
 
 def reading_flops(account: Account, tokens: int, queries: Queries) -> int:

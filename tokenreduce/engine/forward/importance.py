@@ -33,6 +33,8 @@ class AttentionRecord:
     value: Tensor | None = None
     held: Tensor | None = None
     """(B, k) bool, which keys are no padding, where a stage has changed what the cache holds since."""
+    attended: dict[int, Tensor] | None = None
+    """Of each row, (n,) long places of the tokens, where it is attention that a layer is yet to compute."""
 
     @classmethod
     def of(
@@ -60,13 +62,14 @@ class AttentionRecord:
 
         cache: the cache layer of `layer`, if there is one. all_heads: heads of the layer, those of other ranks too (`group`).
         """
-        n = len(sequence.attended)
+        attended = self._attended(sequence)
+        n = len(attended)
         places = batch.columns_of(n, self.query.shape[2])
         q = self.query[sequence.row, :, places]
         k = self._of_row(self.key, batch, cache, sequence)
         if isinstance(queries, Tensor):
             count = len(queries)
-            chosen = queries if len(sequence) == n else torch.searchsorted(sequence.attended, sequence.alive[queries])
+            chosen = queries if len(sequence) == n else torch.searchsorted(attended, sequence.alive[queries])
         else:
             count = n if queries == "all" else 1 if queries == "last" else min(int(queries), n)
             chosen = torch.arange(n - count, n, device=q.device)
@@ -83,9 +86,12 @@ class AttentionRecord:
         # Like the attention itself, accounted without the keys of earlier turns; chosen rows as if they were the last.
         sequence.conductor.account.selector_flops += importance_flops(all_heads, q.shape[-1], n, n, count)
         if len(sequence) != n:
-            alive = torch.searchsorted(sequence.attended, sequence.alive)
+            alive = torch.searchsorted(attended, sequence.alive)
             scores = scores.to(sequence.alive.device)[..., alive]
         return scores
+
+    def _attended(self, sequence: TokenSequence) -> Tensor:
+        return sequence.attended if self.attended is None else self.attended[sequence.row]
 
     def _of_row(self, x: Tensor, batch: Batch, cache: TokenLayer | None, sequence: TokenSequence) -> Tensor:
         """(G, k, d): keys or values of a row, those of earlier turns first, without padding and draft."""
@@ -101,8 +107,8 @@ class AttentionRecord:
     def keys_and_values(self, batch: Batch, cache: TokenLayer | None, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
         """(G, n, d) each, of the tokens alive."""
         assert self.value is not None
-        n = len(sequence.attended)
-        alive = torch.searchsorted(sequence.attended, sequence.alive)
+        attended = self._attended(sequence)
+        n, alive = len(attended), torch.searchsorted(attended, sequence.alive)
         sides = []
         for side in (self.key, self.value):
             mine = self._of_row(side, batch, cache, sequence)[:, -n:]
@@ -111,6 +117,11 @@ class AttentionRecord:
 
 
 def reading_sites(run: StageRun) -> list[Site]:
-    """Sites at which a stage reads attention."""
+    """Sites at which a stage reads attention that a layer has computed."""
     kinds: tuple[SiteKind, ...] = ("pre_ffn", "pre_attention", "cache")
-    return [site for site in run.sites if run.strategy.reads(site) and site.kind in kinds]
+    own = run.strategy.capabilities.own_attention
+    return [
+        site
+        for site in run.sites
+        if run.strategy.reads(site) and site.kind in kinds and not (own and site.kind == "pre_attention")
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenreduce.adapter import FfnPair
+from tokenreduce.engine.forward.peek import due
 from tokenreduce.engine.forward.state import Forward
 from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.errors import UnsupportedError
@@ -61,7 +62,13 @@ class LayerHooks:
     def enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Before a layer: its `pre_attention` and `kv` stages, and what else must follow the tokens."""
         forward = self.current()
-        return None if forward is None else enter_layer(forward, number, self.family, args, kwargs)
+        if forward is None:
+            return None
+        if due(forward.sequences, number):
+            x = args[0] if args else kwargs["hidden_states"]
+            forward.move(x.device)
+            forward.look_ahead(number, module, args, kwargs)
+        return enter_layer(forward, number, self.family, args, kwargs)
 
     def enter_ffn(self, number: int, module: nn.Module, args: Any) -> Any:
         """Before the FFN: its `pre_ffn` stages."""

@@ -16,12 +16,13 @@ from tokenreduce.engine.forward.cache_stages import held_before, hold_less
 from tokenreduce.engine.forward.importance import AttentionRecord, reading_sites
 from tokenreduce.engine.forward.kv_stages import CacheCount, plan_kv
 from tokenreduce.engine.forward.looks import Looks
+from tokenreduce.engine.forward.peek import Peeked, peek
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.engine.model.parallel import total_heads
 from tokenreduce.engine.model.tap import Attention, DecoderFacts, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, UnsupportedError
 from tokenreduce.planning.account import SPAN_BLOCK
-from tokenreduce.planning.schedule import account_attention
+from tokenreduce.planning.schedule import account_attention, look_ahead_flops
 from tokenreduce.strategy import Heads, Queries, Rows, Site
 
 
@@ -78,6 +79,8 @@ class Forward(Activity):
             site.layer for s in batch.sequences for run in s.runs for site in run.sites if site.kind == "cache"
         }
         self._input: Tensor | None = None
+        self._peeking, self._paid = False, set[int]()
+        self.own: AttentionRecord | None = None
         self.passengers = [[rows[s.row, s.columns.to(rows.device)] for rows in self.deepstack] for s in batch.sequences]
         self.before = Before(layers if batch.width > 1 else ())
         self._mask: Tensor | None = None
@@ -113,15 +116,18 @@ class Forward(Activity):
             for part in sequence.parts:
                 for run in part.conductor.due(site, part.tokens):
                     before, merged = len(sequence), 0
-                    read = self.attention is not None
+                    record = self.attention
+                    if run.strategy.capabilities.own_attention and site.kind == "pre_attention":
+                        record = self.own
+                        self._pay_for_look(sequence, site)
                     decision = self.looks.ask(
                         sequence,
                         part,
                         run,
                         site,
                         hidden,
-                        self.importance if read else None,
-                        partial(self.keys_and_values, sequence) if read else None,
+                        None if record is None else partial(self.importance, record=record),
+                        None if record is None else partial(self.keys_and_values, sequence, record),
                     )
                     reduction = decision.reduction
                     if reduction is not None and (
@@ -135,9 +141,27 @@ class Forward(Activity):
                         part.reducible_count -= before - len(sequence)
                     self.looks.record(sequence, part, run, site, decision, before, len(sequence), merged)
             rows.append(hidden)
+        if site.kind == "pre_attention":
+            self.own = None
         if site.order + 1 not in self.reads:
             self.attention = None  # No stage will read it: as many bytes as the residual stream.
         return self.batch.pack(rows, x) if changed else None
+
+    def look_ahead(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn what `module`, layer `layer`, is about to attend with."""
+        self._peeking = True
+        try:
+            self.own = peek(layer, module, self.batch, self.cache(layer), args, kwargs)
+        finally:
+            self._peeking = False
+        self._paid = set()
+
+    def _pay_for_look(self, sequence: TokenSequence, site: Site) -> None:
+        """Account once for norm and projections that ran for a look ahead."""
+        if self.own is not None and self.own.attended is not None and sequence.row not in self._paid:
+            self._paid.add(sequence.row)
+            account = sequence.conductor.account
+            account.selector_flops += look_ahead_flops(account.shape, len(self.own.attended[sequence.row]))
 
     def enter_attention(self, layer: int, x: Tensor) -> None:
         """Account for the attention of `layer` over x, and tell its cache what will come."""
@@ -211,6 +235,8 @@ class Forward(Activity):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `layer` with the mask that its tokens need; then its `cache` stages."""
+        if self._peeking:
+            raise Peeked(query, key, value, kwargs)
         self.move(query.device)
         out = self._attended(layer, base, module, query, key, value, mask, kwargs)
         if self._input is not None:
@@ -283,11 +309,11 @@ class Forward(Activity):
             self._mask_key = query.shape[2], keys, query.device, not_padding
         return self._mask
 
-    def keys_and_values(self, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-        """(G, n, d) each, of the tokens of `sequence` in the last attention that ran."""
-        if self.attention is None or self.attention.value is None:
+    def keys_and_values(self, sequence: TokenSequence, record: AttentionRecord) -> tuple[Tensor, Tensor]:
+        """(G, n, d) each, of the tokens of `sequence` in the attention of `record`."""
+        if record.value is None or not (record is self.attention or record is self.own):
             raise PluginError("keys and values are there as long as attention is read, and not in a compiled model")
-        return self.attention.keys_and_values(self.batch, self.cache(self.attention.layer), sequence)
+        return record.keys_and_values(self.batch, self.cache(record.layer), sequence)
 
     def importance(
         self,
@@ -295,11 +321,12 @@ class Forward(Activity):
         queries: Queries | Tensor,
         heads: Heads | Literal["each"],
         rows: Rows = "sum",
+        record: AttentionRecord | None = None,
     ) -> Tensor:
         """(…, n) attention that the tokens of `sequence` receive in the last attention that ran, see StageContext.attention."""
-        if self.attention is None:
+        record = self.attention if record is None else record
+        if record is None or not (record is self.attention or record is self.own):
             raise PluginError("a strategy asked for attention when its look was over; ctx is good for one look")
-        record = self.attention
         all_heads = total_heads(record.query.shape[1], self.config, self.group)
         cache = self.cache(record.layer)
         scores = record.importance(self.batch, cache, sequence, queries, heads, rows, all_heads, self.group)
