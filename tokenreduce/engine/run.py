@@ -51,18 +51,18 @@ from tokenreduce.trace import Trace
 
 
 class _Local(threading.local):
-    """What a thread keeps between the hooks of one call. Read at every token: class attributes spare it the question.
-
-    trace: of its last prefill. light: what `Run.traces` keeps of it.
-    prompt_call: the token ids and arguments of the call around the decoder. await_head: whether the
-    head's output belongs to `trace`. refused: whether a call within a forward was, whose end is not that forward's.
-    """
+    """What a thread keeps between the hooks of one call. Read at every token: class attributes are always there."""
 
     trace: Trace | None = None
+    """Of its last prefill."""
     light: Trace | None = None
+    """What `Run.traces` keeps of it."""
     prompt_call: tuple[Tensor, dict[str, Any]] | None = None
+    """Token ids (B, n) and arguments of the call around the decoder, until the decoder is called."""
     await_head = False
+    """The head's next output belongs to `trace`."""
     refused = False
+    """A call within a forward was refused; the end hook that comes next is that call's, not the forward's."""
 
 
 attached: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
@@ -73,16 +73,19 @@ TRACES = 1000
 
 
 class Run:
-    """A pipeline attached to a model. Made by `reduce`; the end of a `with` block, or `detach`, takes it off.
+    """A pipeline attached to a model. Made by `reduce`; the end of a `with` block, or `detach`, takes it off."""
 
-    trace: the receipt of this thread's last call (of any thread's, if this one made none). A prefill without vision tokens has
-    one that says dense; a later turn of text alone, and decoding, belong to the prefill that they go on with.
-    layout: the explicit layout, if any; set a new one before a later turn that brings vision tokens of its own.
-    signals: what stages read of the vision tower, (B, N, C) each by name (`tower.cls`, `tower.mean`: C heads; `tower.keys`;
-    `tower.pooled`), where the caller knows it and the tower does not run; whatever the block.
-    attached: whether the pipeline is on the model now. entered: whether a `with` block was begun, which will take it off.
-    silent: whether the end of a `with` block says nothing where nothing was ever reduced, for callers that say it themselves.
-    """
+    pipeline: Pipeline
+    """What is attached."""
+    signals: Mapping[str, Tensor] | None
+    """What stages read of the vision tower, where the caller knows it and the tower does not run: (B, N, C) each by name
+    (`tower.cls`, `tower.mean`: C heads; `tower.keys`; `tower.pooled`), whatever the block."""
+    attached: bool
+    """The pipeline is on the model now."""
+    entered: bool
+    """A `with` block was begun, which will take it off."""
+    silent: bool
+    """The end of a `with` block says nothing where nothing was ever reduced, for callers that say it themselves."""
 
     def __init__(
         self, model: nn.Module, pipeline: Pipeline, adapter: ModelAdapter, layout: TokenLayout | None = None
@@ -96,7 +99,7 @@ class Run:
         self._prefills = self._dense = 0
         self._reduced = self.silent = False
         self.attached = self.entered = False
-        self.signals: Mapping[str, Tensor] | None = None
+        self.signals = None
         if pipeline.stages:
             self.host = Host(model, adapter)
             self.shape = self.host.shape
@@ -113,7 +116,11 @@ class Run:
 
     @property
     def trace(self) -> Trace:
-        """See the class. AttachError if nothing has run yet."""
+        """The receipt of this thread's last call; of any thread's, if this one made none.
+
+        A prefill without vision tokens has one that says dense; a later turn of text alone, and decoding, belong to the prefill
+        that they go on with. AttachError if nothing has run yet.
+        """
         trace = self._local.trace or self._last
         if trace is None:
             raise AttachError(
@@ -133,7 +140,7 @@ class Run:
 
     @property
     def layout(self) -> TokenLayout | None:
-        """The explicit layout."""
+        """The explicit layout, if any; set a new one before a later turn that brings vision tokens of its own."""
         return self._layout
 
     @layout.setter

@@ -80,25 +80,28 @@ running = Running()
 
 @dataclass
 class KvPlan:
-    """What the engine says about one update of one layer.
-
-    logical: tokens that transformers believes it appends. valid: (B, n) bool of the tokens that come. At `kv` sites also
-    position: (B, n) long; reduction: to apply to keys and values, of tokens that stand for size (B, n) long originals;
-    span: (B, 2) long, sinks and window to hold; end: (B,) long, the position after the last token.
-    whole: whether it hides nothing yet. draft: last tokens that may yet be taken back, see Forward. repacked: these are not the
-    tokens that transformers believes.
-    """
+    """What the engine says about one update of one layer; `position` and what follows it only at `kv` sites."""
 
     logical: int
+    """Tokens that transformers believes it appends."""
     valid: Tensor | None = None
+    """(B, n) bool, which of the tokens that come are not padding; None if all are."""
     position: Tensor | None = None
+    """(B, n) long, places of those tokens in their sequences."""
     end: Tensor | None = None
+    """(B,) long, the place after the last token."""
     draft: int = 0
+    """Last tokens that may yet be taken back, see Batch."""
     reduction: Reduction | None = None
+    """To apply to the keys and values that come."""
     size: Tensor | None = None
+    """(B, n) long, how many originals each of them stands for."""
     span: Tensor | None = None
+    """(B, 2) long, sinks and window to hold."""
     whole: bool = False
+    """Nothing is hidden from a query yet."""
     repacked: bool = False
+    """These are not the tokens that transformers believes."""
 
     def to(self, device: torch.device) -> KvPlan:
         """The same on `device`."""

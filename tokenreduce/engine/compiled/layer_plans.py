@@ -15,31 +15,36 @@ PHASES: tuple[SiteKind | None, ...] = ("pre_attention", "kv", "pre_ffn", None)
 
 @dataclass
 class SitePlan:
-    """What the graph knows of a site where stages act. layer, phase: the site. counts: tokens of each row afterwards.
-
-    padded: whether rows then differ in length. changes: whether any token goes. reads: whether a stage reads attention there.
-    """
+    """What the graph knows of a site where stages act."""
 
     layer: int
+    """Counted from 0."""
     phase: int
+    """Index into PHASES."""
     counts: list[int]
+    """Tokens of each row afterwards."""
     padded: bool
+    """Rows then differ in length."""
     changes: bool
+    """A token goes."""
     reads: bool
+    """A stage reads attention there."""
 
 
 @dataclass
 class LayerPlan:
-    """One layer: what happens before its attention and before its FFN, whether deepstack rows come after it, and what follows.
-
-    Layers are a chain and not a numbered list, so that layers in which the same happens share one graph.
-    """
+    """One layer. Layers are a chain and not a numbered list, so that layers in which the same happens share one graph."""
 
     number: int
+    """Counted from 0; −1 of what leads to the first."""
     before: SitePlan | None
+    """Before its attention; None where no stage acts."""
     ffn: SitePlan | None
+    """Before its FFN; None where no stage acts."""
     deep: bool
+    """Deepstack rows are added after it."""
     following: LayerPlan | None
+    """The next layer; None after the last."""
 
     @property
     def read(self) -> bool:

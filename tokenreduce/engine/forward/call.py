@@ -26,22 +26,28 @@ from tokenreduce.strategy import Contents, Strategy
 
 @dataclass(eq=False)
 class Call:
-    """A call of the decoder with `width` new tokens in each of `batch` rows, after `past` (logical) tokens in `cache`.
-
-    mask: whatever was given as one. prompt: what the outer model was called with, where it saw token ids. draft: how many of
-    the new tokens, the last ones, assisted decoding only guesses: it prefills with its first guess behind the prompt.
-    """
+    """A call of the decoder."""
 
     batch: int
+    """Rows."""
     width: int
+    """New tokens in each row, padding and draft included."""
     past: int
+    """Tokens in the cache, as transformers counts."""
     device: torch.device
+    """Of the new tokens."""
     cache: Any
+    """Whatever was given as one; None for none."""
     mask: Any
+    """Whatever was given as one; None for none."""
     position_ids: Tensor | None
+    """As they were given."""
     prompt: Prompt | None
+    """What the model around the decoder was called with, where it saw token ids."""
     output_attentions: bool
+    """Attention weights are asked for."""
     draft: int = 0
+    """Last new tokens that assisted decoding only guesses: it prefills with its first guess behind the prompt."""
 
     @classmethod
     def read(cls, kwargs: dict[str, Any], prompt: Prompt | None) -> Call:

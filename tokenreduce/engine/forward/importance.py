@@ -23,14 +23,20 @@ from tokenreduce.strategy import Heads, Queries, Rows, Site, SiteKind
 
 @dataclass
 class AttentionRecord:
-    """Queries (B, H, q, d) and keys (B, G, k, d) of `layer` as they went into attention, and what attention found of its rows."""
+    """What went into the attention of one layer."""
 
     layer: int
+    """Counted from 0."""
     query: Tensor
+    """(B, H, q, d), rotated."""
     key: Tensor
+    """(B, G, k, d), rotated, those of earlier turns included."""
     scale: float
+    """Of the products."""
     rows: RowSums
+    """Log-sum-exp of the rows, where attention has computed it."""
     value: Tensor | None = None
+    """(B, G, k, d), where a stage reads it; else None."""
     held: Tensor | None = None
     """(B, k) bool, which keys are no padding, where a stage has changed what the cache holds since."""
     attended: dict[int, Tensor] | None = None

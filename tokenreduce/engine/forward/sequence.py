@@ -64,12 +64,41 @@ class Part:
 
 
 class TokenSequence:
-    """The tokens of row `row` that are not padding, N of them; n are alive.
+    """The tokens of a row that are not padding, N of them; n are alive.
 
-    columns: (N,) long, their input columns. slot, frame, medium: (N,) long; reducible: (N,) bool (TokenLayout).
-    alive: (n,) long, places among the N, growing. size: (n,) long. place: (N,) long, where each token is among the alive, −1
-    if dropped. attended: `alive` as it was at the last attention. facts: what else is known of the N.
+    Args: see the attributes. facts: what else is known of the N.
     """
+
+    row: int
+    """Of the batch."""
+    columns: Tensor
+    """(N,) long, their input columns."""
+    slot: Tensor
+    """(N,) long, see TokenLayout."""
+    frame: Tensor
+    """(N,) long, see TokenLayout."""
+    medium: Tensor
+    """(N,) long, see TokenLayout."""
+    reducible: Tensor
+    """(N,) bool, tokens that may go."""
+    original_reducible: int
+    """How many of the N may go."""
+    reducible_count: int
+    """How many of the n may go."""
+    conductor: Conductor
+    """Which stage is due, and what was spent."""
+    total: int
+    """N."""
+    alive: Tensor
+    """(n,) long, places among the N, growing."""
+    size: Tensor
+    """(n,) long, how many of the N each stands for."""
+    place: Tensor
+    """(N,) long, where each token is among the alive; −1 if it was dropped."""
+    attended: Tensor
+    """`alive` as it was at the last attention."""
+    whole: bool
+    """No token has gone yet."""
 
     def __init__(
         self,

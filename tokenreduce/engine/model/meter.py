@@ -18,14 +18,18 @@ TOLERANCE = 0.01
 
 @dataclass
 class Measured:
-    """Per layer: FLOPs of `tokens` tokens without the two products of attention, FLOPs of those per (query, key) pair, and
-    elements that the cache holds per token. beside: what attention has, in any of them, beside a softmax of products."""
+    """What a few tokens cost."""
 
     tokens: int
+    """How many."""
     flops: list[int]
+    """Of each layer for those tokens, without the two products of attention."""
     pair: list[int]
+    """FLOPs of those products in each layer, per (query, key) pair."""
     cached: list[int]
+    """Elements that the cache of each layer holds per token."""
     beside: list[str]
+    """What the attention of any layer has beside a softmax of products."""
 
     def mismatch(self, shape: cost.DecoderShape) -> str:
         """What a layer costs other than in `shape`, empty if nothing."""

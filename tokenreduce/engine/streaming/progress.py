@@ -20,10 +20,16 @@ from tokenreduce.trace import LayerTrace, StageTrace, Trace
 
 
 class Ledger:
-    """A stream's account.
+    """A stream's account."""
 
-    medium, frame: of the last vision token, −1 before the first. vision, reducible: tokens of the kind so far.
-    """
+    medium: int
+    """Of the last vision token; −1 before the first."""
+    frame: int
+    """Of the last vision token; −1 before the first."""
+    vision: int
+    """Vision tokens so far."""
+    reducible: int
+    """Those of them that may go."""
 
     def __init__(self, shape: cost.DecoderShape) -> None:
         self.shape = shape

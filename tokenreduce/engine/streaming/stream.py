@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from tokenreduce.adapter import ModelAdapter
 from tokenreduce.engine.attach import adapter_for, check_arguments
@@ -63,14 +64,18 @@ def stream(model: nn.Module, pipeline: str | Path | dict[str, Any] | Pipeline, *
 
 @dataclass(frozen=True)
 class Piece:
-    """Survivors that go through the decoder together: states (1, m, D), and their places among the `logical` tokens that they
-    stand for, which begin at `start`; size: (m,) long."""
+    """Survivors that go through the decoder together."""
 
     states: Tensor
+    """(1, m, D)."""
     place: Tensor
+    """(m,) long, places among the `logical` tokens that they stand for."""
     size: Tensor
+    """(m,) long, how many tokens each stands for."""
     start: int
+    """Place in the whole stream of the first of those tokens."""
     logical: int
+    """Tokens that they stand for."""
 
 
 class _PieceForward(Forward):
@@ -94,16 +99,18 @@ class Stream(Run):
     """A sequence fed in chunks to a model with a pipeline. Made by `stream`; a context manager, undone on exit.
 
     Later turns, once it is finished, go to the model itself with `past_key_values=stream.cache`, while the stream is attached.
-
-    cache: the KV cache. seen: tokens fed. trace: the receipt, after `finish`.
+    `trace` is there after `finish`.
     """
+
+    width: int
+    """Most tokens that the decoder takes at once."""
+    cache: DynamicCache
+    """The KV cache."""
 
     def __init__(self, model: nn.Module, pipeline: Pipeline, adapter: ModelAdapter, width: int) -> None:
         if not pipeline.stages:
             raise PipelineError("stream: the pipeline has no stage; there would be nothing to do")
         super().__init__(model, pipeline, adapter)
-        from transformers import DynamicCache
-
         self.width, self.cache = width, DynamicCache(config=self.host.config)
         self._cached: list[TokenLayer] = adopt(self.cache, len(self.host.layers))
         self._ledger, self._logical = Ledger(self.shape), 0

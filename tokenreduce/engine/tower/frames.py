@@ -18,25 +18,34 @@ from tokenreduce.reduction import Reduction
 
 
 class Frames:
-    """The frames (F, C, H, W) of one call of a tower.
+    """The frames of one call of a tower."""
 
-    groups: the frames whose patches can be compared, each (F, n, P): pixels by patch. count: frames that the tower encodes.
-    """
+    axes = 4
+    """Of the pixels."""
+    pixels: Tensor
+    """(F, C, H, W)."""
+    total: int
+    """Frames that come, F."""
+    count: int
+    """Frames that the tower encodes."""
+    source: Tensor | None
+    """(F,) long, which of the encoded frames each frame takes its features from; None as long as all are encoded."""
 
     def __init__(self, tower: VisionTower, family: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tower, self.family, self.args, self.kwargs = tower, family, args, kwargs
         pixels = args[0] if args else kwargs.get(tower.pixels)
         if not isinstance(pixels, Tensor) or pixels.dim() != self.axes:
             raise UnsupportedError(f"{family}: its vision tower was called without {tower.pixels} of {self.axes} axes")
-        self.pixels: Tensor = pixels
+        self.pixels = pixels
         self.total = self.count = len(pixels)
-        self.source: Tensor | None = None
-
-    axes = 4
+        self.source = None
 
     @property
     def groups(self) -> list[Tensor]:
-        """See the class. Pixels beyond the last whole patch are left out, as a tower leaves them."""
+        """The frames whose patches can be compared, each (F, n, P): pixels by patch.
+
+        Pixels beyond the last whole patch are left out, as a tower leaves them.
+        """
         frames, channels, height, width = self.pixels.shape
         side = self.tower.patch
         rows, columns = height // side, width // side

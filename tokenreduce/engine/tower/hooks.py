@@ -34,17 +34,20 @@ MASKED = ("eager", "sdpa")
 
 @dataclass
 class _TowerCall:
-    """One call of the tower. place: (F, n) long, where each token of the start is among those left. size: (F, left) long.
-
-    ways: `place` as it was when so many tokens were left, to put back what was recorded in between.
-    """
+    """One call of the tower."""
 
     frames: Frames
+    """What it is called with."""
     place: Tensor | None = None
+    """(F, n) long, where each token of the start is among those left; None before the first block with a stage."""
     size: Tensor | None = None
+    """(F, left) long, how many tokens each of those left stands for."""
     ways: dict[int, Tensor] = field(default_factory=dict)
+    """`place` as it was when so many tokens were left, to put back what the tower recorded in between."""
     acted: set[int] = field(default_factory=set)
+    """Blocks whose stages have acted."""
     events: list[StageTrace] = field(default_factory=list)
+    """What the stages did."""
 
 
 class NoTower:
