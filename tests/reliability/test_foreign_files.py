@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.attacks import BYTES, ODD, TEXTS, Attacks, mutants, write_json
 from support.compare_tools import write_clip
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tokenreduce.cli import main
 from tokenreduce.compare.files import open_folder
+from tokenreduce.compare.run import report_only
 from tokenreduce.errors import MediaError, TokenReduceError
 from tokenreduce.models import load_model
 
@@ -69,6 +72,37 @@ def test_checkpoint_folders(attacks: Attacks, tmp_path: Path, number: int, name:
         assert "\n" not in str(caught.value), damaged
         attacks.refused += 1
     attacks.done(number)
+
+
+@pytest.mark.parametrize("number", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_configs_beside_real_weights(attacks: Attacks, tmp_path: Path, number: int) -> None:
+    """A damaged config.json either loads, or is refused in one line; it neither fills the memory nor ends in a traceback."""
+    Qwen2ForCausalLM(Qwen2Config.from_dict(CONFIG)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert loading_fault(tmp_path) is None
+    for damaged in [{**saved, "hidden_act": "nope"}, {**saved, "vocab_size": 10**8}, *mutants(saved, number, 6)]:
+        write_json(tmp_path / "config.json", damaged)
+        attacks.count += 1
+        said = loading_fault(tmp_path)
+        attacks.refused += said is not None
+        assert said is None or "\n" not in said, damaged
+    attacks.done(number)
+
+
+def loading_fault(folder: Path) -> str | None:
+    try:
+        load_model(folder, device="cpu")
+    except TokenReduceError as error:
+        return str(error)
+    return None
+
+
+def test_a_text_model_cannot_be_asked_about_a_video(attacks: Attacks, tmp_path: Path) -> None:
+    Qwen2ForCausalLM(Qwen2Config.from_dict(CONFIG)).save_pretrained(tmp_path / "model")
+    code, err = attacks.run("run", "demo", "--model", tmp_path / "model", "--output", tmp_path / "o")
+    assert code == 2
+    assert "model" in err
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("number", SIZES)
@@ -243,6 +277,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["compare", "--arm", "random", "--budget", "0.5", "--examples", "2", "--frames", "4", "--new-tokens", "1"]
     assert main([*command, "--clip", str(clip), "--pictures", "1", "--output", str(work / "out")]) == 0
     return work / "out"
+
+
+def test_many_reports_at_once(finished: Path) -> None:
+    faults: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                report_only(finished)
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert json.loads((finished / "summary.json").read_text())["complete"]
+    assert not list(finished.glob("*.part")) + list(finished.glob(".*"))
 
 
 @pytest.mark.parametrize("number", SIZES)

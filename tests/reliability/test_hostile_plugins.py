@@ -162,7 +162,16 @@ def check(done: dict[str, object]) -> int:
     return warned
 
 
-@pytest.mark.parametrize("names", [QUICK, pytest.param(list(CASES), marks=pytest.mark.slow)], ids=["quick", "all"])
+SLOW = {way: [name for name, case in CASES.items() if case[0] == way] for way in WAYS}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(QUICK, id="quick"),
+        *(pytest.param(names, id=way, marks=pytest.mark.slow) for way, names in SLOW.items()),
+    ],
+)
 def test_the_rest_works(names: list[str], tmp_path: Path, record_property: pytest.RecordProperty) -> None:
     cases = []
     for number, name in enumerate(names):

@@ -17,6 +17,8 @@ from tokenreduce.compare.worker import Done, Worker
 from tokenreduce.errors import TokenReduceError, plain
 
 LOCAL = "local"
+CLIENT_PORT = 10001
+"""Where ray://host leads."""
 REACHED_WITHIN = 5.0
 """Seconds in which a cluster must answer."""
 ATTEMPTS = 3
@@ -118,9 +120,10 @@ class _Actor:
 
 def _refuse_unreachable(address: str) -> None:
     """Ask within seconds what Ray would wait for over a minute. TokenReduceError where nobody listens at host:port."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
     if address in (LOCAL, "auto"):
         return
+    bare = address.removeprefix("ray://")
+    host, colon, port = (bare if ":" in bare or bare == address else f"{bare}:{CLIENT_PORT}").rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise TokenReduceError(f"--ray {plain(address)[:80]}: expected `{LOCAL}`, `auto` or host:port")
     try:

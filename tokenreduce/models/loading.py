@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,13 +22,15 @@ from transformers import (
 
 from tokenreduce.config.json_source import exists, expanded, shown
 from tokenreduce.errors import CheckpointError, UnsupportedError, foreign, one_line
-from tokenreduce.models.checkpoint import LoadOptions, check_folder, message_of, read_json, refuse_gaps
+from tokenreduce.models.checkpoint import LoadOptions, check_folder, message_of, read_json, read_shapes, refuse_gaps
 from tokenreduce.models.family import Family
 from tokenreduce.models.llava_video.family import LlavaVideoFamily
 from tokenreduce.models.minicpm_v.family import MiniCPMVFamily
 from tokenreduce.models.placement import parse_device
 from tokenreduce.planning.model_config import check_config
 
+SPARE = 10**6
+"""Parameters that a model may have beyond twice its checkpoint: tied ones are stored once."""
 EMBEDDED = "embedded"
 """The name of the model that ships inside the package; `./embedded` is a folder of that name."""
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "testbed" / "weights"
@@ -138,6 +141,21 @@ def _refuse_quantised(config: Mapping[str, Any], family: str, name: str) -> None
         )
 
 
+def _refuse_larger(name: str, auto: Any, config: Any) -> None:
+    """CheckpointError where config.json describes a model much larger than the weights beside it, which could fill the memory."""
+    folder = Path(name)
+    if not folder.is_dir() or getattr(config, "quantization_config", None) is not None:
+        return
+    stored = sum(math.prod(shape) for shape in read_shapes(folder).values())
+    with torch.device("meta"):
+        described = sum(int(each.numel()) for each in auto.from_config(config).parameters())
+    if described > 2 * stored + SPARE:
+        raise CheckpointError(
+            f"{shown(folder / 'config.json')}: describes {described:,} parameters, but the weights beside it "
+            f"hold {stored:,}; they do not belong together"
+        )
+
+
 def _load_with_transformers(name: str, options: LoadOptions) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -152,6 +170,7 @@ def _load_with_transformers(name: str, options: LoadOptions) -> PreTrainedModel:
     vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with foreign(CheckpointError, f"{shown(name)}: transformers cannot load it"):
+        _refuse_larger(name, auto, config)
         model, info = auto.from_pretrained(
             name, config=config, trust_remote_code=False, output_loading_info=True, **options.kwargs()
         )
