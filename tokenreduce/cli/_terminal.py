@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tokenreduce.errors import one_line, plain
@@ -69,9 +69,10 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str] | None) ->
             place = traceback.extract_tb(error.__traceback__)[-1]
             line = f"unexpected {one_line(error)} ({place.name} in {os.path.basename(place.filename)}:{place.lineno})"
             line, code = f"{line}; this is a bug: report it with what {DEBUG} shows", 1
-    if debug:
-        traceback.print_exc()
-    print(f"error: {plain(line)}", file=sys.stderr)
+    with suppress(OSError):  # Where stderr is full too, the exit code is all that can be said.
+        if debug:
+            traceback.print_exc()
+        print(f"error: {plain(line)}", file=sys.stderr)
     return code
 
 
