@@ -275,6 +275,11 @@ METHODS: list[Case] = [
     Case("text_only", "text_only"),
     Case("pyramid_drop", "pyramid_drop"),
     Case("sparsevlm", _stages({"strategy": "sparsevlm", "at": [2, 4], "keep": [0.6, 0.3]})),
+    Case("dart", _stages({"strategy": "dart", "keep": 0.4})),
+    Case("snapkv", _stages({"strategy": "snapkv", "window": 4, "keep": 0.5})),
+    Case("pyramidkv", _stages({"strategy": "pyramidkv", "window": 2, "beta": 4, "keep": 0.5})),
+    Case("h2o", _stages({"strategy": "h2o", "keep": 0.5})),
+    Case("infinipot_v", "infinipot_v"),
 ]  # fmt: skip
 TOWER_METHODS = ("fastervlm", "vispruner", "visionzip", "prumerge", "fastvid", "holitom")
 """Methods that read the vision tower, which these decoders have not: tests/strategies/zoo runs them, and test_methods."""

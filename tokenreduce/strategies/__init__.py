@@ -7,6 +7,10 @@ the vision tower, `controls` are what a method must beat.
 from __future__ import annotations
 
 from tokenreduce.hookspecs import hookimpl
+from tokenreduce.strategies.cache.h2o import H2O
+from tokenreduce.strategies.cache.infinipot_v import InfiniPotV
+from tokenreduce.strategies.cache.pyramidkv import PyramidKV
+from tokenreduce.strategies.cache.snapkv import SnapKV
 from tokenreduce.strategies.cache.streaming_window import StreamingWindow
 from tokenreduce.strategies.controls.pool import Pool
 from tokenreduce.strategies.controls.random import RandomPrune
@@ -23,6 +27,7 @@ from tokenreduce.strategies.merge.sparsevlm import SparseVLM
 from tokenreduce.strategies.merge.sttm import Sttm
 from tokenreduce.strategies.merge.visionzip import VisionZip
 from tokenreduce.strategies.prune.cdpruner import CDPruner
+from tokenreduce.strategies.prune.dart import Dart
 from tokenreduce.strategies.prune.divprune import DivPrune
 from tokenreduce.strategies.prune.dtd import Dtd
 from tokenreduce.strategies.prune.dycoke import DyCoke
@@ -45,8 +50,9 @@ def tokenreduce_strategies() -> list[type[Strategy] | type[VisionStrategy]]:
     """Our strategies, as a plugin names them."""
     return [
         *(SimilarityMerge, ImportancePrune, FastV, StreamingWindow, RandomPrune, UniformFrames),
-        *(DivPrune, CDPruner, VidCom2, VCast, Evs, Dtd, DyCoke, PyramidDrop, FasterVLM, VisPruner),
+        *(DivPrune, Dart, CDPruner, VidCom2, VCast, Evs, Dtd, DyCoke, PyramidDrop, FasterVLM, VisPruner),
         *(Aim, LlavaScissor, PruneVid, Sttm, SparseVLM, VisionZip, PruMerge, FastVID, HoliTom),
         *(FrameReuse, PatchMerge),
+        *(SnapKV, PyramidKV, H2O, InfiniPotV),
         *(Pool, TextOnly),
     ]

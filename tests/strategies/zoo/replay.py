@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -62,6 +63,11 @@ class Trial:
     attention: Callable[..., Tensor] | None = None
     signals: dict[str, Any] = field(default_factory=dict)
     patches: list[tuple[str, Any]] = field(default_factory=list)
+    held: Tensor | None = None
+    """At cache sites: (G, m) places that each KV head of layer 0 holds, in any order."""
+    per_layer: Tensor | None = None
+    """At cache sites: (layers,) tokens that a KV head holds."""
+    heads: int = 1
     layers: int = 2
     budget: Any = None
     defect: str = ""
@@ -74,9 +80,12 @@ class Left:
 
     kept: Tensor
     features: Tensor
+    held: Tensor
+    """(G, m) places that each KV head of layer 0 holds."""
+    per_layer: list[int]
 
 
-def decoder(width: int, layers: int, dtype: torch.dtype) -> Any:
+def decoder(width: int, layers: int, dtype: torch.dtype, heads: int = 1) -> Any:
     """A decoder whose layers hand on what they get: recorded states reach any layer as they are."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -84,8 +93,8 @@ def decoder(width: int, layers: int, dtype: torch.dtype) -> Any:
         hidden_size=width,
         intermediate_size=8,
         num_hidden_layers=layers,
-        num_attention_heads=1,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=2,
         max_position_embeddings=65536,
     )
@@ -101,10 +110,13 @@ def run(trial: Trial) -> Left:
     assert trial.hidden is not None
     assert trial.layout is not None
     hidden = trial.hidden
-    model = decoder(hidden.shape[-1], trial.layers, hidden.dtype)
+    model = decoder(hidden.shape[-1], trial.layers, hidden.dtype, trial.heads)
     seen: list[Tensor] = []
     probe = model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     with ExitStack() as stack:
+        # Some recordings keep every token, of which the engine warns.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", UserWarning)
         if trial.attention is not None:
             stack.enter_context(patch.object(StageContext, "attention", trial.attention))
         for name, value in trial.signals.items():
@@ -117,11 +129,16 @@ def run(trial: Trial) -> Left:
         attached = stack.enter_context(tr.reduce(model, pipeline, budget=trial.budget, layout=trial.layout))
         seen.clear()
         with torch.no_grad():
-            model(inputs_embeds=hidden[None], use_cache=False)
+            cache = model(inputs_embeds=hidden[None]).past_key_values
         kept = attached.trace.kept[0]
     probe.remove()
+    with torch.no_grad():
+        dense = model(inputs_embeds=hidden[None]).past_key_values.layers[0].keys[0]
+    # A key is known by its bits: those of other places are other keys.
+    held = torch.cdist(cache.layers[0].keys[0].double(), dense.double()).argmin(-1).sort(-1).values
+    per_layer = [layer.keys.shape[2] for layer in cache.layers]
     vision = trial.layout.vision[0][kept]
-    return Left(kept[vision], seen[-1][0, vision])
+    return Left(kept[vision], seen[-1][0, vision], held, per_layer)
 
 
 def same_rows(ours: Tensor, recorded: Tensor) -> bool:
@@ -155,6 +172,8 @@ def compare(trial: Trial, case: dict[str, Any]) -> tuple[str, str]:
         return "differs", f"{type(error).__name__}: {error}"
     if case["raises"]:
         return "equal", f"the public code raises, ours leaves {len(left.kept)} tokens"
+    if trial.held is not None or trial.per_layer is not None:
+        return compare_held(trial, left, case)
     count = trial.count
     if trial.kept is not None:
         count = len(trial.kept.unique()) if count is None else count
@@ -174,6 +193,23 @@ def compare(trial: Trial, case: dict[str, Any]) -> tuple[str, str]:
         problem = f"{len(left.kept)} tokens, recorded {count}"
     if not problem:
         return "equal", f"{len(left.kept)} tokens"
+    return ("defect", f"{trial.defect}: {problem}") if trial.defect else ("differs", problem)
+
+
+def compare_held(trial: Trial, left: Left, case: dict[str, Any]) -> tuple[str, str]:
+    """The verdict on what KV heads hold."""
+    if trial.per_layer is not None:
+        same = left.per_layer == trial.per_layer.tolist()
+        return ("equal" if same else "differs"), f"layers hold {left.per_layer[0]} … {left.per_layer[-1]} tokens"
+    assert trial.held is not None
+    assert trial.layout is not None
+    text = (~trial.layout.vision[0]).nonzero().squeeze(1).expand(len(trial.held), -1)
+    recorded = torch.cat([text, trial.held], 1).sort(-1).values
+    if recorded.shape == left.held.shape and torch.equal(recorded, left.held):
+        return "equal", f"{recorded.shape[1]} keys per head"
+    if recorded.shape == left.held.shape and case["comparison"].startswith("ties"):
+        return "tie", f"{recorded.shape[1]} keys per head"
+    problem = f"{list(left.held.shape)} keys, recorded {list(recorded.shape)}"
     return ("defect", f"{trial.defect}: {problem}") if trial.defect else ("differs", problem)
 
 

@@ -440,6 +440,85 @@ def holitom(params: Params, t: Tensors, case: Params) -> Trials:
     return [("holitom_released", Trial(**made, stages=stage("holitom", counts="released", **options)))]
 
 
+def cached(q: Tensor, k: Tensor, name: str, count: int, kept: Tensor | None, **options: Any) -> Trial:
+    """A trial of a stage at the cache sites: attention of recorded queries (H, L, d) and keys (G, L, d), all tokens alike."""
+    length = k.shape[1]
+    scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT / q.shape[-1] ** 0.5
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    recorded = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+    def attention(ctx: Any, queries: Any = "last", heads: str = "mean", rows: str = "sum") -> Tensor:
+        assert (heads, rows) == ("each", "sum")
+        return recorded[:, -queries if isinstance(queries, int) else 0 :].sum(1)
+
+    layout = tr.TokenLayout.video(before=0, frames=1, per_frame=length, after=0)
+    states = words(k[0], length)
+    trial = Trial(hidden=states, layout=layout, stages=stage(name, at=0, keep=tokens(count), **options))
+    trial.attention, trial.signals, trial.heads = attention, {"keys": k}, len(k)
+    trial.held = kept
+    return trial
+
+
+def snapkv(params: Params, t: Tensors, case: Params) -> Trials:
+    k = t["in.k"][0]
+    count = max(1, int(k.shape[1] * (1 - params["compression_ratio"])))
+    kept = t["out.kept"][0] if "out.kept" in t else None
+    options = {"window": params["window_size"], "kernel": params["kernel_size"]}
+    trial = cached(t["in.q"][0], k, "snapkv", count, kept, **options)
+    return [("snapkv", trial)]
+
+
+def observed_attention(params: Params, t: Tensors, case: Params) -> Trials:
+    k = t["in.k"][0]
+    count = max(1, int(k.shape[1] * (1 - params["compression_ratio"])))
+    kept = t["out.kept"][0] if "out.kept" in t else None
+    return [("h2o", cached(t["in.q"][0], k, "h2o", count, kept, recent=0.0, normalise=True))]
+
+
+def pyramidkv(params: Params, t: Tensors, case: Params) -> Trials:
+    length = params["q_len"]
+    layout = tr.TokenLayout.video(before=0, frames=1, per_frame=length, after=0)
+    share = 1 - params["compression_ratio"]
+    options = {"window": params["window_size"], "beta": params["beta"], "keep": round(share, 9), "kernel": 1}
+    trial = Trial(hidden=words(torch.zeros(1, 4), length), layout=layout, stages=stage("pyramidkv", **options))
+    trial.layers, trial.per_layer, trial.heads = params["layers"], t.get("out.budget"), 1
+    return [("pyramidkv", trial)]
+
+
+def infinipot_v(params: Params, t: Tensors, case: Params) -> Trials:
+    if params["adaptive_pooling"] or params["method"] != "infinipot-v":
+        return [("infinipot_v", Trial(skip="pooling of scores by layer, or one of its parts alone, is not offered"))]
+    trials: Trials = []
+    frames, size, first = params["frames"], params["P"], params["system"]
+    for layer in range(len(t["in.keys"])):
+        keys, values = t["in.keys"][layer, 0], t["in.values"][layer, 0]
+        kept = t["out.kept"][layer] + first if "out.kept" in t else None
+        layout = tr.TokenLayout.video(before=first, frames=frames, per_frame=size, after=0)
+        options = {
+            "tar": params["tar_ratio"],
+            "newest": params["query_ratio"],
+            "keep": tokens(params["keep_frames"] * size),
+        }
+        trial = Trial(hidden=words(keys[0], keys.shape[1]), layout=layout, stages=stage("infinipot_v", at=0, **options))
+        trial.signals, trial.heads, trial.held = {"keys": keys, "values": values}, len(keys), kept
+        trials.append((f"infinipot_v layer {layer}", trial))
+    return trials
+
+
+def dart(params: Params, t: Tensors, case: Params) -> Trials:
+    hidden, keys, first, size = t["in.hidden"][0], t["in.keys"][0], params["start"], params["n"]
+    layout = tr.TokenLayout.video(before=first, frames=1, per_frame=size, after=len(hidden) - first - size)
+    pivots = params["pivot_image_token"] + params["pivot_text_token"]
+    each = int(size * (1 - params["reduction_ratio"]) / pivots)
+    count = min(params["pivot_image_token"] + pivots * each, size)
+    options = {"vision_pivots": params["pivot_image_token"], "text_pivots": params["pivot_text_token"]}
+    made: Params = {"hidden": hidden, "layout": layout, "kept": t.get("out.kept"), "signals": {"keys": keys}}
+    released = stage("dart", at=1, keep=tokens(count), order="released", **options)
+    placed = stage("dart", at=1, keep=tokens(count), **options)
+    defect = "pivots are served in the order of a Python set"
+    return [("dart released", Trial(**made, stages=released)), ("dart", Trial(**made, stages=placed, defect=defect))]
+
+
 TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "divprune": divprune,
     "vidcom2": vidcom2,
@@ -453,6 +532,11 @@ TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "llava_scissor": llava_scissor,
     "prunevid": prunevid,
     "sttm": sttm,
+    "dart": dart,
+    "snapkv": snapkv,
+    "observed_attention": observed_attention,
+    "pyramidkv": pyramidkv,
+    "infinipot_v": infinipot_v,
     "fastvid": fastvid,
     "fastvid_llavavideo": fastvid_llavavideo,
     "holitom": holitom,
