@@ -40,9 +40,9 @@ from tokenreduce.ops.groups import Groups, grouped, shared, top_in_groups
 from tokenreduce.ops.topk import top_mask
 from tokenreduce.reduction import Mixture, Reduction, Weighting
 
-SiteKind = Literal["pre_attention", "kv", "cache", "pre_ffn"]
-SITE_ORDER: tuple[SiteKind, ...] = ("pre_attention", "kv", "cache", "pre_ffn")
-"""The order in which a layer passes its sites."""
+SiteKind = Literal["pre_attention", "kv", "cache", "pre_ffn", "decode"]
+SITE_ORDER: tuple[SiteKind, ...] = ("pre_attention", "kv", "cache", "pre_ffn", "decode")
+"""The order in which a layer passes its sites: `decode` not in the prefill, but in steps of decoding, after their attention."""
 HOLDING: tuple[SiteKind, ...] = ("kv", "cache")
 """Sites at which a stage says what a layer's KV cache holds, while all hidden states go on; a layer has one of the two."""
 VisionKind = Literal["vision.input", "vision.block"]
@@ -56,10 +56,12 @@ CountKind = Literal["known", "solved", "video"]
 
 
 class Site(NamedTuple):
-    """A place in the decoder where tokens can go: `pre_attention`, `kv`, `cache` or `pre_ffn` of layer `layer`.
+    """A place in the decoder where tokens can go: `pre_attention`, `kv`, `cache`, `pre_ffn` or `decode` of layer `layer`.
 
     At `kv` keys and values go before the layer's attention, which then does not see them; at `cache` after it, so that the
-    layer's output is as it was.
+    layer's output is as it was. At `decode` they go after the attention of a step of decoding, every `every` steps (a field of
+    the stage's config, 1 without it): `ctx.attention` is that of the steps since, hidden states are not there (n, 0), and
+    `ctx.state` is new each time.
     """
 
     layer: int
@@ -727,6 +729,11 @@ class Strategy(ABC):
             if layer >= depth:
                 raise PipelineError(f"{self.name} acts at layer {layer}, but the model has layers 0 … {depth - 1}")
         return [Site(layer, kind) for layer in layers]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the stage acts in steps of decoding, and not in the prefill."""
+        return (self.config.site or self.capabilities.sites[0]) == "decode"
 
     @property
     def once(self) -> bool:

@@ -228,9 +228,16 @@ class Run:
         self._kv_sites = any(site.kind == "kv" for site in sites)
         self._cache_sites = any(site.kind == "cache" for site in sites)
         self._ahead = any(strategy.capabilities.own_attention for strategy in self.strategies)
-        if (self._cache_sites or self._ahead) and host.facts.group is not None:
-            what = "at `cache` sites" if self._cache_sites else "that look at attention ahead of its layer"
-            raise UnsupportedError(f"{host.family}: stages {what} do not support tensor parallelism")
+        self._decoding = {
+            site.layer: s for s in self.strategies for site in sites_of(s, len(host.layers)) if site.kind == "decode"
+        }
+        self._special = ""
+        if self._cache_sites or self._decoding:
+            self._special = "at `cache` sites" if self._cache_sites else "at `decode` sites"
+        elif self._ahead:
+            self._special = "that look at attention ahead of its layer"
+        if self._special and host.facts.group is not None:
+            raise UnsupportedError(f"{host.family}: stages {self._special} do not support tensor parallelism")
         pairs = host.pairs(sorted({site.layer for site in sites if site.kind == "pre_ffn"}))
         self._active = ActiveForwards(host, pairs)
         entries = EntryPoints(self._before_model, self._before_decoder, self._after_decoder, self._after_head)
@@ -302,9 +309,11 @@ class Run:
         forget_plans(kwargs.get("past_key_values"))
         layers = cache_of_decode_step(kwargs, self._layout)
         if layers is not None:  # A step of decoding: what is cheap is asked first.
-            if not any_reduced(layers):
+            if not any_reduced(layers) and not self._decoding:
                 return None
-            if DecodeStep.applies(kwargs.get("attention_mask"), self.host.implementation, self.host.config, layers):
+            if not self._decoding and DecodeStep.applies(
+                kwargs.get("attention_mask"), self.host.implementation, self.host.config, layers
+            ):
                 self._active.start(DecodeStep(layers))
                 return {**kwargs, "attention_mask": None}
         call = Call.read(kwargs, None if prompt_call is None else Prompt.read(*prompt_call))
@@ -323,10 +332,10 @@ class Run:
                 raise UnsupportedError(
                     f"{self.host.family}: a budget per medium is not supported in a compiled model; call it without torch.compile"
                 )
-            if self._cache_sites or self._ahead:
-                what = "at `cache` sites" if self._cache_sites else "that look at attention ahead of its layer"
+            if self._special:
                 raise UnsupportedError(
-                    f"{self.host.family}: stages {what} are not supported in a compiled model; call it without torch.compile"
+                    f"{self.host.family}: stages {self._special} are not supported in a compiled model; call it without "
+                    "torch.compile"
                 )
         if self._kv_sites and call.past and call.valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
@@ -339,7 +348,7 @@ class Run:
         use_cache = self.host.config.use_cache if use_cache is None else use_cache
         if not use_cache:
             refuse_packed(self.host.family, call)
-        if cache is None and (use_cache or self._kv_sites or self._cache_sites):
+        if cache is None and (use_cache or self._kv_sites or self._special):
             from transformers import DynamicCache
 
             cache = DynamicCache(config=self.host.config)
@@ -388,7 +397,7 @@ class Run:
         if self._layout is not None and call.width - call.draft == self._layout.shape[1]:
             self._fresh = False  # A layout of text alone was this call's.
         layers = token_layers(call.cache)
-        if any_reduced(layers):
+        if any_reduced(layers) or (self._decoding and layers and call.past):
             refuse_call(self.host.family, self.host.config, call)
             if call.valid is not None and any(layer.position is not None for layer in layers):
                 raise UnsupportedError(
@@ -442,7 +451,9 @@ class Run:
         host, valid, draft = self.host, call.valid if sequences else None, call.draft if sequences else 0
         batch = Batch(sequences, call.width, valid, draft)
         if not self._compiled():
-            return Forward(batch, layers, host.facts, deepstack)
+            forward = Forward(batch, layers, host.facts, deepstack)
+            forward.decoding = self._decoding
+            return forward
         return CompiledForward(batch, layers, host.facts, deepstack, family=host.family, strategies=self.strategies)
 
     def _compiled(self) -> bool:

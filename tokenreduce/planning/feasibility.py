@@ -27,6 +27,9 @@ def check_pipeline(strategies: Sequence[Strategy], budget: Budget | None, shape:
             f"budget {budget}: {ahead[0]} looks at attention ahead of its layer, whose cost cannot be planned; give a budget in "
             "tokens"
         )
+    late = [strategy.name for strategy in strategies if strategy.decodes and flag(strategy, "needs_budget")]
+    if late:
+        raise PipelineError(f"{late[0]} acts in decoding, which no budget pays for; give the stage's `keep`")
     needy = [strategy.name for strategy in strategies if flag(strategy, "needs_budget")]
     if budget is None and needy:
         raise PipelineError(f"{needy[0]} solves its count from a budget: give `budget`, or the stage's `keep`")
@@ -60,6 +63,7 @@ def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
     """Refuse stages that would get in each other's way at the KV cache of a layer: PipelineError."""
     holders: dict[int, str] = {}
     before: dict[int, str] = {}
+    steps: dict[int, str] = {}
     for strategy in strategies:
         for name in ("once", "fixed_count", "needs_budget"):  # So that a fault is found before any forward.
             flag(strategy, name)
@@ -70,6 +74,14 @@ def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
                 raise PipelineError(
                     f"{holders[site.layer]} and {strategy.name} both act at {site}; keep them apart by `at`, `from` or `until`"
                 )
+            if site.kind == "decode" and (site.layer in steps or site.layer in before):
+                other = steps.get(site.layer) or before[site.layer]
+                raise PipelineError(
+                    f"{other} and {strategy.name} at {site} cannot both act on the KV cache of one layer; keep them apart by "
+                    "`at`, `from` or `until`"
+                )
+            if site.kind == "decode":
+                steps[site.layer] = strategy.name
             if site.kind in HOLDING:
                 holders[site.layer] = strategy.name
                 if site.kind == "kv":
@@ -77,7 +89,7 @@ def check_sites(strategies: Sequence[Strategy], depth: int) -> None:
     for strategy in strategies:
         for site in filter(strategy.reads, sites_of(strategy, depth)):
             layer = site.layer - 1 if site.kind == "pre_attention" else site.layer
-            if looks_ahead(strategy, site):
+            if looks_ahead(strategy, site) or site.kind == "decode":
                 continue
             if site.kind != "kv" and layer in before:
                 raise PipelineError(

@@ -82,7 +82,7 @@ class Conductor:
         """Where stages have acted so far, in order."""
         self.changed: list[tuple[Look, int]] = []
         """The same in a forecast, with how many tokens each look left out."""
-        self.runs = [StageRun(strategy, sites_of(strategy, depth)) for strategy in strategies]
+        self.runs = [StageRun(strategy, sites_of(strategy, depth)) for strategy in strategies if not strategy.decodes]
 
     def due(self, site: Site, tokens: Callable[[], int]) -> Iterator[StageRun]:
         """Stages to ask at `site`, in order; `tokens` tells how many tokens are alive when it is asked."""

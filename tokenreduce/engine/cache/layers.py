@@ -134,6 +134,11 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """(B,) long, place of the next token; kept with `position`."""
     span: Tensor | None
     """(B, 2) long, the sinks and the window that later queries see; None if they see everything."""
+    told: Tensor | None
+    """(B, at most held, 4) long: slot, frame, medium and whether reducible of each token, where a `decode` stage may ask; columns
+    beyond it are text."""
+    recent: list[Tensor]
+    """(B, H, 1, d) queries of the steps since a `decode` stage was last asked."""
     plan: KvPlan | None
     """What the engine says about the next update."""
     seen: tuple[Tensor | None, Tensor | None]
@@ -146,7 +151,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number, self.gone, self.reduced = number, 0, False
-        self.not_padding = self.position = self.end = self.span = self.plan = None
+        self.not_padding = self.position = self.end = self.span = self.plan = self.told = None
+        self.recent = []
         self.seen = None, None
         self.shed = self.broken = False
 
@@ -268,7 +274,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         """Forget everything."""
         super().reset()
         self.gone, self.reduced, self.broken = 0, False, False
-        self.not_padding = self.position = self.end = self.span = self.plan = None
+        self.not_padding = self.position = self.end = self.span = self.plan = self.told = None
+        self.recent = []
         self.seen = (None, None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -277,6 +284,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         super().crop(tokens_to_remove)
         self.end = None if self.end is None else self.end - (before - self.held)
         self._each(lambda t: t[:, : self.held] if t.shape[1] > self.held else t)
+        self.recent = []  # Of steps that are perhaps taken back.
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search."""
@@ -296,7 +304,9 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     def _each(self, change: Any, rows: bool = False) -> None:
         self.not_padding = None if self.not_padding is None else change(self.not_padding)
         self.position = None if self.position is None else change(self.position)
+        self.told = None if self.told is None else change(self.told)
         if rows:
+            self.recent = [change(query) for query in self.recent]
             self.end = None if self.end is None else change(self.end)
             self.span = None if self.span is None else change(self.span)
 

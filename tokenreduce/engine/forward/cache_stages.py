@@ -39,6 +39,7 @@ def hold_less(
         raise UnsupportedError("stages at `cache` sites need a KV cache; call with use_cache=True")
     width, new = x.shape[1], cache.held - x.shape[1]
     rows: dict[int, Held] = {}
+    kept: dict[int, Tensor] = {}
     for sequence, run in due:
         here = batch.columns_of(len(sequence), width)
         place = slice(new + here.start, new + here.stop)
@@ -53,11 +54,15 @@ def hold_less(
             count = int(counts[0])
             if count < n:
                 rows[sequence.row] = _reduced(reduction, sequence, keys, values)
+                if cache.told is not None and bool((reduction.target == reduction.target[:1]).all()):
+                    kept[sequence.row] = reduction.kept[0]
                 merged = n - count - int((reduction.target[0] < 0).sum()) if reduction.merges else 0
                 sequence.conductor.account.kv[-1] = count
         looks.record(sequence, sequence.parts[0], run, site, decision, n, count, merged)
     if rows:
+        told = None if cache.told is None else _told(cache, batch, width, rows, kept)
         _hold(cache, batch, width, rows)
+        cache.told = told
     return bool(rows)
 
 
@@ -74,6 +79,27 @@ def _reduced(reduction: Reduction, sequence: TokenSequence, keys: Tensor, values
     left = each.apply(torch.cat([keys, values], -1), sequence.size.to(keys.device).expand(groups, -1))
     assert left.hidden is not None
     return left.hidden[..., :width], left.hidden[..., width:]
+
+
+def _told(cache: TokenLayer, batch: Batch, width: int, rows: dict[int, Held], kept: dict[int, Tensor]) -> Tensor:
+    """`cache.told` after `_hold`. Where the heads of a row differ, its new tokens are told as unknown."""
+    assert cache.told is not None
+    past = cache.held - width
+    parts = []
+    for sequence in batch.sequences:
+        here = batch.columns_of(len(sequence), width)
+        facts = cache.told[sequence.row, past + here.start : past + here.stop]
+        if sequence.row in kept:
+            facts = facts[kept[sequence.row]]
+        elif sequence.row in rows:
+            facts = facts.new_tensor((-2, -1, -1, 0)).repeat(rows[sequence.row][0].shape[1], 1)
+        parts.append(facts)
+    longest = max(map(len, parts))
+    out = cache.told.new_tensor((-1, -1, -1, 0)).repeat(len(parts), past + longest + batch.draft, 1)
+    out[:, :past] = cache.told[:, :past]
+    for row, facts in enumerate(parts):
+        out[row, past + longest - len(facts) : past + longest] = facts
+    return out
 
 
 def _hold(cache: TokenLayer, batch: Batch, width: int, rows: dict[int, Held]) -> None:

@@ -13,6 +13,7 @@ from tokenreduce.engine.cache.adopt import Before
 from tokenreduce.engine.cache.layers import Activity, KvPlan, TokenLayer, lengthened
 from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.cache_stages import held_before, hold_less
+from tokenreduce.engine.forward.decode_stages import remember, step
 from tokenreduce.engine.forward.importance import AttentionRecord, reading_sites
 from tokenreduce.engine.forward.kv_stages import CacheCount, plan_kv
 from tokenreduce.engine.forward.looks import Looks
@@ -23,7 +24,7 @@ from tokenreduce.engine.model.tap import Attention, DecoderFacts, attend_by_posi
 from tokenreduce.errors import PluginError, UnsupportedError
 from tokenreduce.planning.account import SPAN_BLOCK
 from tokenreduce.planning.schedule import account_attention, look_ahead_flops
-from tokenreduce.strategy import Heads, Queries, Rows, Site
+from tokenreduce.strategy import Heads, Queries, Rows, Site, Strategy
 
 
 class Forward(Activity):
@@ -80,6 +81,7 @@ class Forward(Activity):
         }
         self._input: Tensor | None = None
         self._peeking, self._paid = False, set[int]()
+        self.decoding: Mapping[int, Strategy] = {}
         self.own: AttentionRecord | None = None
         self.passengers = [[rows[s.row, s.columns.to(rows.device)] for rows in self.deepstack] for s in batch.sequences]
         self.before = Before(layers if batch.width > 1 else ())
@@ -239,6 +241,14 @@ class Forward(Activity):
             raise Peeked(query, key, value, kwargs)
         self.move(query.device)
         out = self._attended(layer, base, module, query, key, value, mask, kwargs)
+        if layer in self.decoding:
+            own = self.cache(layer)
+            if self.sequences and own is not None:
+                remember(own, self.batch, query.shape[2])
+            elif not self.sequences and query.shape[2] == 1:
+                step(self.decoding, len(self.layers), layer, own, query, kwargs)
+            elif own is not None:
+                own.recent = []
         if self._input is not None:
             cache, x, self._input = self.cache(layer), self._input, None
             held = held_before(cache, key.shape[2], key.shape[0], key.device)
