@@ -57,14 +57,6 @@ def components(u: Tensor, threshold: float) -> Tensor:
             return label
 
 
-def degrees(u: Tensor, threshold: float) -> Tensor:
-    """(n,) long: neighbours of each direction (n, D) in the graph cosine > threshold, itself counted where it is one."""
-    out = torch.zeros(len(u), dtype=torch.long, device=u.device)
-    for part, cosine in cosine_blocks(u, u):
-        out[part] = (cosine > threshold).sum(1)
-    return out
-
-
 def nearest(u: Tensor, centres: Tensor) -> Tensor:
     """(n,) long: for each direction (n, D) the most similar of centres (c, D), the earlier of equals; block by block."""
     out = torch.zeros(len(u), dtype=torch.long, device=u.device)

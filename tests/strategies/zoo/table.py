@@ -519,6 +519,17 @@ def dart(params: Params, t: Tensors, case: Params) -> Trials:
     return [("dart released", Trial(**made, stages=released)), ("dart", Trial(**made, stages=placed, defect=defect))]
 
 
+def kvpress_scorers(params: Params, t: Tensors, case: Params) -> Trials:
+    if params["press"] != "StreamingLLMPress":
+        return [("kvpress", Trial(skip=f"no strategy of ours scores as {params['press']} does"))]
+    k, sinks = t["in.k"][0], params.get("n_sink", 4)
+    count = max(1, int(k.shape[1] * (1 - params["compression_ratio"])))
+    trial = cached(t["in.q"][0], k, "streaming_window", count, t["out.kept"][0] if "out.kept" in t else None)
+    trial.stages = stage("streaming_window", sinks=min(sinks, count - 1), window=count - min(sinks, count - 1))
+    trial.defect = "with fewer tokens than sinks, one of them is kept at random" if count <= sinks else ""
+    return [("streaming_window", trial)]
+
+
 TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "divprune": divprune,
     "vidcom2": vidcom2,
@@ -532,6 +543,7 @@ TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "llava_scissor": llava_scissor,
     "prunevid": prunevid,
     "sttm": sttm,
+    "kvpress_scorers": kvpress_scorers,
     "dart": dart,
     "snapkv": snapkv,
     "observed_attention": observed_attention,

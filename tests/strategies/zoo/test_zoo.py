@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from strategies.zoo.replay import compare, main, together
-from strategies.zoo.table import TABLE
+from strategies.zoo.replay import Trial, compare, main, run, together
+from strategies.zoo.table import TABLE, TEXT, Tower, stage, video
 
 DATA = Path(__file__).parents[2] / "data" / "zoo"
 CASES = [
@@ -57,3 +58,13 @@ def test_the_command_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFix
         "divprune/case_00: differs: divprune: 10 tokens, recorded 10; 2 are in one set only" in capsys.readouterr().out
     )
     assert main([str(tmp_path / "nothing")]) == 2
+
+
+def test_fastervlm_keeps_the_most_attended_of_each_frame() -> None:
+    """No recording of it: against the card, the top of the class token's attention, mean over heads, as many in every frame."""
+    generator = torch.Generator().manual_seed(0)
+    features, attention = torch.randn(30, 8, generator=generator), torch.rand(2, 30, generator=generator)
+    made = video(features, 3, stages=stage("fastervlm", keep=12, rows="cls"), signals={"tower": Tower(attention)})
+    mean = attention.mean(0).view(3, 10)
+    wanted = [10 * f + s for f in range(3) for s in sorted(range(10), key=lambda s, f=f: -float(mean[f, s]))[:4]]
+    assert run(Trial(**made)).kept.tolist() == sorted(TEXT + place for place in wanted)
