@@ -275,6 +275,7 @@ METHODS: list[Case] = [
     Case("text_only", "text_only"),
     Case("pyramid_drop", "pyramid_drop"),
     Case("sparsevlm", _stages({"strategy": "sparsevlm", "at": [2, 4], "keep": [0.6, 0.3]})),
+    Case("mmtok", "mmtok"),
     Case("dart", _stages({"strategy": "dart", "keep": 0.4})),
     Case("snapkv", _stages({"strategy": "snapkv", "window": 4, "keep": 0.5})),
     Case("pyramidkv", _stages({"strategy": "pyramidkv", "window": 2, "beta": 4, "keep": 0.5})),

@@ -35,6 +35,7 @@ from tokenreduce.strategies.prune.evs import Evs
 from tokenreduce.strategies.prune.fastervlm import FasterVLM
 from tokenreduce.strategies.prune.fastv import FastV
 from tokenreduce.strategies.prune.importance_prune import ImportancePrune
+from tokenreduce.strategies.prune.mmtok import MMTok
 from tokenreduce.strategies.prune.pyramid_drop import PyramidDrop
 from tokenreduce.strategies.prune.v_cast import VCast
 from tokenreduce.strategies.prune.vidcom2 import VidCom2
@@ -50,7 +51,7 @@ def tokenreduce_strategies() -> list[type[Strategy] | type[VisionStrategy]]:
     """Our strategies, as a plugin names them."""
     return [
         *(SimilarityMerge, ImportancePrune, FastV, StreamingWindow, RandomPrune, UniformFrames),
-        *(DivPrune, Dart, CDPruner, VidCom2, VCast, Evs, Dtd, DyCoke, PyramidDrop, FasterVLM, VisPruner),
+        *(DivPrune, Dart, CDPruner, MMTok, VidCom2, VCast, Evs, Dtd, DyCoke, PyramidDrop, FasterVLM, VisPruner),
         *(Aim, LlavaScissor, PruneVid, Sttm, SparseVLM, VisionZip, PruMerge, FastVID, HoliTom),
         *(FrameReuse, PatchMerge),
         *(SnapKV, PyramidKV, H2O, InfiniPotV),

@@ -530,6 +530,19 @@ def kvpress_scorers(params: Params, t: Tensors, case: Params) -> Trials:
     return [("streaming_window", trial)]
 
 
+def mmtok(params: Params, t: Tensors, case: Params) -> Trials:
+    if len(t.get("in.exclude", [])):
+        return [("mmtok", Trial(skip="padding of a picture is no token of a decoder's prompt"))]
+    vision, text = t["in.vision"], t["in.text"]
+    layout = tr.TokenLayout.video(before=0, frames=1, per_frame=len(vision), after=len(text))
+    tower = torch.nn.functional.pad(t["in.vision_tower"], (0, 0, 0, len(text)))
+    options = {"alpha": params["alpha"], "text_temperature": params["tv_temp"], "vision_temperature": params["vv_temp"]}
+    stages = stage("mmtok", keep=tokens(min(params["target"], len(vision))), **options)
+    trial = Trial(hidden=torch.cat([vision, text]), layout=layout, stages=stages, kept=t.get("out.kept"))
+    trial.patches = [("tokenreduce.strategies.prune.mmtok.MMTok.pictured", lambda self, ctx: tower)]
+    return [("mmtok", trial)]
+
+
 TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "divprune": divprune,
     "vidcom2": vidcom2,
@@ -543,6 +556,7 @@ TABLE: dict[str, Callable[[Params, Tensors, Params], Trials]] = {
     "llava_scissor": llava_scissor,
     "prunevid": prunevid,
     "sttm": sttm,
+    "mmtok": mmtok,
     "kvpress_scorers": kvpress_scorers,
     "dart": dart,
     "snapkv": snapkv,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from tokenreduce.ops.similarity import cosine_to, previous_in_slot
@@ -64,8 +63,10 @@ class Dtd(Strategy):
             return ctx.keep_top(-similarity, self.keep_count(ctx))
         frames = ctx.groups("frame")
         first = frames.first(previous) < 0
-        going = torch.where(first, 0, (frames.sizes * self.config.relative).long()).tolist()
-        counts = [size - gone for size, gone in zip(frames.counts, going, strict=True)]
+        share = self.config.relative
+        counts = [
+            size if new else size - int(size * share) for size, new in zip(frames.counts, first.tolist(), strict=True)
+        ]
         return ctx.keep_top(-similarity, per=frames, counts=counts)
 
     def forecast(self, view: CountView) -> Outcome:
