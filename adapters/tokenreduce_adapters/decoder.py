@@ -10,8 +10,8 @@ from tokenreduce.adapter import FfnPair, ModelAdapter
 from tokenreduce.errors import UnsupportedError
 from tokenreduce_adapters.hybrid import refusal
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-"""Layer types that attend to keys and values of single tokens and carry nothing else along."""
+SERVED = {"full_attention", "sliding_attention", "attention", "linear_attention", "mamba", "conv", "moe", "mlp"}
+"""Layer types that follow reduced tokens: attention, states of the tokens that are left, and experts alone."""
 
 PAIRS = (
     ("pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma-2, Gemma-3
@@ -19,6 +19,8 @@ PAIRS = (
     ("post_attention_layernorm", "post_mlp_layernorm"),  # GLM-4
     ("pre_feedforward_layernorm", "mlp"),  # VaultGemma
     ("feedforward_layernorm", "mlp"),  # Apertus
+    ("ffn_norm", "feed_forward"),  # LFM2
+    ("pre_ff_layernorm", "feed_forward"),  # Bamba
     ("post_attention_layernorm", "mlp"),  # nearly all others
 )
 """Names of (entry, exit) around the FFN; the first pair that a layer has is its own."""
@@ -41,9 +43,10 @@ class DecoderAdapter(ModelAdapter):
         other = any(hasattr(config, part) for part in ("vision_config", "audio_config", "text_config"))
         if config is None or other or getattr(config, "is_encoder_decoder", False) or refusal(config):
             return False
-        plain = set(getattr(config, "layer_types", None) or ()) <= ATTENTION
+        types = getattr(config, "layer_types", None) or ()
+        plain = set(types) <= SERVED
         layers = getattr(_base(model), "layers", None)
-        return plain and isinstance(layers, nn.ModuleList) and len(layers) > 0 and _is_causal(layers[0])
+        return plain and isinstance(layers, nn.ModuleList) and len(layers) > 0 and any(map(_is_causal, layers))
 
     def text_model(self, model: nn.Module) -> nn.Module:
         base = _base(model)

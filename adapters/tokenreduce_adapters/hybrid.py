@@ -9,34 +9,34 @@ from torch import nn
 from tokenreduce.adapter import ModelAdapter
 from tokenreduce.errors import UnsupportedError
 
-STATE = "carry a state through every token, so a token taken out changes all that follow"
 INDEX = "choose what they attend to by an index of their own beside the KV cache"
+BOTH = "run attention and a state side by side, whose cache holds both in one layer"
 REASONS = {
-    "linear_attention": STATE,
-    "mamba": STATE,
-    "conv": "mix neighbouring tokens, so a token taken out makes neighbours of others",
-    "hybrid": STATE,
-    "hybrid_sliding": STATE,
+    "hybrid": BOTH,
+    "hybrid_sliding": BOTH,
     "indexed_attention": INDEX,
     "compressed_sparse_attention": INDEX,
     "heavily_compressed_attention": INDEX,
     "minimax_m3_sparse": INDEX,
     "reference_sliding_attention": "keep a ring buffer that counts on every token being there",
+    "chunked_attention": "attend within chunks of the input, whose bounds the engine does not follow",
 }
-"""Types of `config.layer_types` from which tokens cannot be taken out exactly."""
+"""Types of `config.layer_types` that the engine does not serve."""
+OWN = {
+    "jamba": "a cached forward of more than one token ignores the state in transformers itself, so later turns would be wrong",
+    "minimax": "its decoder runs only on a cache of its own, MiniMaxCache",
+}
+"""Decoders whose layers are of types that the engine serves, and that it does not serve all the same."""
 
 
 class HybridAdapter(ModelAdapter):
-    """Takes models whose decoder is not plain attention throughout, and refuses them by name with the reason.
+    """Takes models whose decoder cannot be reduced, and refuses them by name with the reason.
 
-    Linear attention, state-space and convolution layers fold every token into a state in the order of the sequence.
-    Without a token the state of all that follow is another one, a convolution mixes tokens that were not neighbours,
-    the left padding of ragged rows enters the state, and there is no KV entry to take a token out of. So what a
-    reduction means there is not defined by the paper, and nothing could be proved equal to it.
+    Linear attention, Mamba and convolutions between layers of attention are served: `tokenreduce_adapters.decoder`.
     """
 
     name = "hybrid"
-    notes = "refused: linear attention (Qwen3-Next, Qwen3.5, MiniCPM-V 4.6), convolutions (LFM2), Mamba, indexers"
+    notes = "refused: attention and a state in one layer (Falcon-H1, Zamba2), indexers, shared KV caches (Gemma 3n, Gemma 4)"
 
     def matches(self, model: nn.Module) -> bool:
         return refusal(getattr(model, "config", None)) is not None
@@ -49,11 +49,16 @@ class HybridAdapter(ModelAdapter):
 def refusal(config: Any) -> str | None:
     """Why tokens cannot be reduced in the decoder of this config, or None if they can."""
     for part in (config, getattr(config, "text_config", None)):
+        own = OWN.get(getattr(part, "model_type", ""))
+        if own is not None:
+            return own
         types = getattr(part, "layer_types", None) or getattr(part, "layers_block_type", None) or ()
         bad = [i for i, kind in enumerate(types) if kind in REASONS]
         if bad:
             kind = types[bad[0]]
             return f"{len(bad)} of its {len(types)} layers, the first is layer {bad[0]} ({kind}), {REASONS[kind]}"
+        if types and set(types) <= {"linear_attention", "mamba", "conv", "moe", "mlp"}:
+            return "none of its layers has attention, by whose cache the engine counts positions"
         if getattr(part, "hidden_size_per_layer_input", None):
             return "its layers read a second input per token (hidden_size_per_layer_input), which would be misaligned"
         if getattr(part, "num_kv_shared_layers", None):
@@ -67,5 +72,5 @@ def raise_if_refused(model: nn.Module) -> None:
     reason = refusal(config)
     if reason is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} ({config.model_type}) is not supported: {reason}; use a model with plain attention"
+            f"{type(model).__name__} ({config.model_type}) is not supported: {reason}; use a model of another family"
         )

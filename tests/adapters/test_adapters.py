@@ -506,16 +506,10 @@ class Shell(nn.Module):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (
-            transformers.Qwen3NextConfig(),
-            r"36 of its 48 layers, .* layer 0 \(linear_attention\), carry a state",
-        ),
-        (transformers.Qwen3_5Config(), r"\(linear_attention\), carry a state"),
-        (transformers.MiniCPMV4_6Config(), r"\(linear_attention\), carry a state"),
-        (transformers.Lfm2Config(full_attn_idxs=[2]), r"layer 0 \(conv\), mix neighbouring tokens"),
-        (transformers.JambaConfig(), "carry a state"),
-        (transformers.MambaConfig(), "carry a state"),
-        (transformers.FalconH1Config(), r"\(hybrid\), carry a state"),
+        (transformers.JambaConfig(), "ignores the state in transformers itself"),
+        (transformers.MiniMaxConfig(), "a cache of its own"),
+        (transformers.MambaConfig(), "none of its layers has attention"),
+        (transformers.FalconH1Config(), r"\(hybrid\), run attention and a state side by side"),
         (transformers.DeepseekV32Config(), r"\(indexed_attention\), choose what they attend to by an index"),
         (transformers.Gemma3nConfig(), "read a second input per token"),
     ],
@@ -531,7 +525,7 @@ def test_hybrid_decoders_are_refused_by_name(config: Any, reason: str) -> None:
 
 def test_a_known_family_around_a_hybrid_decoder_is_refused_too() -> None:
     config = FAMILIES["internvl"].config()
-    config.text_config.layer_types = ["linear_attention", *["full_attention"] * 3]
+    config.text_config.layer_types = ["hybrid", *["full_attention"] * 3]
     for cls in ADAPTERS:
         adapter = cls()
         if adapter.matches(Shell(config)):

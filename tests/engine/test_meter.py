@@ -152,9 +152,11 @@ def test_a_share_of_a_cache_is_solved_where_its_layers_are_alike() -> None:
 
 def test_what_is_no_plain_attention_stays_refused() -> None:
     with pytest.raises(UnsupportedError, match="mamba_d_state=16"):
-        DecoderShape.candidates({**TINY, "hidden_act": "silu", "mamba_d_state": 16, "head_dim": 8})
+        DecoderShape.from_config({**TINY, "hidden_act": "silu", "mamba_d_state": 16, "head_dim": 8})
+    mixed = {**TINY, "hidden_act": "silu", "layer_types": ["linear_attention"] * 3, "head_dim": 8}
     with pytest.raises(UnsupportedError, match="linear_attention"):
-        DecoderShape.candidates({**TINY, "hidden_act": "silu", "layer_types": ["linear_attention"] * 3, "head_dim": 8})
+        DecoderShape.from_config(mixed)
+    assert "linear_attention" in DecoderShape.candidates(mixed)[1]  # It can be attached, and measured.
     shapes, why = DecoderShape.candidates({**TINY, "hidden_act": "relu2", "head_dim": 8})
     assert [shape.gated for shape in shapes] == [True, False]
     assert "gated" in why

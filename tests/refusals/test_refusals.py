@@ -154,8 +154,8 @@ def test_an_unknown_family() -> None:
 
 def test_layers_with_a_state_of_their_own() -> None:
     model = tiny_model()
-    model.config.layer_types = ["full_attention", "linear_attention"] * 2
-    with pytest.raises(UnsupportedError, match=r"linear_attention|no adapter"):
+    model.config.layer_types = ["full_attention", "hybrid"] * 2
+    with pytest.raises(UnsupportedError, match=r"hybrid\), run attention and a state side by side"):
         tr.reduce(model, "random", budget=SHARE, layout=layout())
     assert hooks(model) == 0
 

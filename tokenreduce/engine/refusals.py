@@ -17,8 +17,22 @@ from tokenreduce.layout import PLAIN
 from tokenreduce.strategy import Strategy
 
 
-def refuse_compiled(family: str, text: nn.Module, strategies: Iterable[Strategy]) -> None:
-    """Refuse what a compiled prefill cannot be: one whose lengths only the content tells, or one that is to have gradients."""
+def refuse_later_padding(family: str, states: Mapping[int, str], call: Call) -> None:
+    """Refuse padding among the tokens of a later turn, where layers have `states`: it would enter them."""
+    if states and call.past and call.valid is not None:
+        raise UnsupportedError(
+            f"{family}: padding in a later turn is not supported: it would come between the states of its layers and the new "
+            "tokens; give the rows turns of one length"
+        )
+
+
+def refuse_compiled(family: str, text: nn.Module, strategies: Iterable[Strategy], states: Mapping[int, str]) -> None:
+    """Refuse what a compiled prefill cannot be: one over layers with states, one whose lengths only the content tells, or one
+    that is to have gradients."""
+    if states:
+        raise UnsupportedError(
+            f"{family}: a compiled decoder with layers that are not attention is not supported; call it without torch.compile"
+        )
     for strategy in strategies:
         if not strategy.fixed_count:
             raise UnsupportedError(

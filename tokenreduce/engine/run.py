@@ -33,6 +33,7 @@ from tokenreduce.engine.refusals import (
     check_spent,
     refuse_call,
     refuse_compiled,
+    refuse_later_padding,
     refuse_mode,
     refuse_needs,
     refuse_outputs,
@@ -327,7 +328,7 @@ class Run:
         refuse_call(self.host.family, self.host.config, call)
         refuse_mode(self.host.family, text, self.host.config, call, self.host.recomputable())
         if self._compiled():
-            refuse_compiled(self.host.family, text, self.strategies)
+            refuse_compiled(self.host.family, text, self.strategies, self.host.facts.states)
             if self.budget is not None and self.budget.per == "medium":
                 raise UnsupportedError(
                     f"{self.host.family}: a budget per medium is not supported in a compiled model; call it without torch.compile"
@@ -337,6 +338,7 @@ class Run:
                     f"{self.host.family}: stages {self._special} are not supported in a compiled model; call it without "
                     "torch.compile"
                 )
+        refuse_later_padding(self.host.family, self.host.facts.states, call)
         if self._kv_sites and call.past and call.valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
         sequences = calls.sequences(
@@ -399,6 +401,7 @@ class Run:
         layers = token_layers(call.cache)
         if any_reduced(layers) or (self._decoding and layers and call.past):
             refuse_call(self.host.family, self.host.config, call)
+            refuse_later_padding(self.host.family, self.host.facts.states, call)
             if call.valid is not None and any(layer.position is not None for layer in layers):
                 raise UnsupportedError(
                     f"{self.host.family}: stages at `kv` sites do not support padding in a later turn"

@@ -227,8 +227,10 @@ def _shape(facts: Mapping[str, Any], gated: bool | None = None) -> DecoderShape:
     """The shape in a decoder's own config fields. gated: whether its FFN is; then it is a guess at layers that are unlike."""
     family = str(facts.get("model_type") or "decoder")
     strict = gated is None
-    unlike = [f"{field}={facts[field]!r}" for field in (*(UNLIKE if strict else ()), *OTHER) if facts.get(field)]
-    unlike += sorted(set(facts.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"})
+    listed = facts.get("layer_types") or facts.get("layers_block_type") or ()
+    kinds = set(listed)
+    unlike = [f"{field}={facts[field]!r}" for field in (*UNLIKE, *OTHER) if strict and facts.get(field)]
+    unlike += sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}) if strict else []
     if strict and not unlike and facts.get("decoder_sparse_step", 1) != 1:
         unlike = [f"decoder_sparse_step={facts['decoder_sparse_step']}"]
     if unlike:
@@ -236,6 +238,7 @@ def _shape(facts: Mapping[str, Any], gated: bool | None = None) -> DecoderShape:
             f"{family}: its config has {', '.join(unlike)}; only decoders of like layers, plain attention, count"
         )
     values: dict[str, Any] = {ours: facts.get(theirs) for ours, theirs in REQUIRED.items()}
+    values["layers"] = values["layers"] or len(listed) or None  # Nemotron-H lists its layers, and does not count them.
     for ours, value in values.items():
         if not isinstance(value, int):
             if strict or ours != "ffn":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -407,3 +407,15 @@ def account_attention(account: Account, tokens: int, held: int | None, span: boo
     account.attn.append(tokens)
     account.kv.append(tokens if held is None else min(held, tokens))
     account.pairs.append(None if everything or held is None else kv_pairs(tokens, held, span))
+
+
+def attention_sources(reads: Iterable[int], without: Container[int]) -> dict[int, int]:
+    """Of each order (Site.order) of a reading site, the last layer before it that has attention; none where there is none.
+
+    without: layers that have none."""
+    found = {}
+    for order in reads:
+        layer = next((layer for layer in range((order - 1) // 3, -1, -1) if layer not in without), None)
+        if layer is not None:
+            found[order] = layer
+    return found

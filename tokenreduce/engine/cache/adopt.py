@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tokenreduce.engine.cache.layers import TokenLayer
+from tokenreduce.engine.cache.states import EmptyLayer, StateLayer, link, stand_in
 from tokenreduce.errors import UnsupportedError
 
 INSTEAD = (
@@ -59,11 +60,15 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
     Raises UnsupportedError, naming the cache, where it is not a plain DynamicCache.
     """
     refuse_cache(cache)
-    layers: list[TokenLayer] = []
+    layers: list[Any] = []
     for place in range(depth):
         old = cache.layers[place] if place < len(cache.layers) else None
         if isinstance(old, TokenLayer):
             layers.append(old)
+            continue
+        other = stand_in(place, old)
+        if other is not None:
+            layers.append(other)
             continue
         if old is not None and type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedError(
@@ -77,6 +82,7 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
             layer.keys, layer.values = old.keys, old.values
             layer.not_padding = valid
         layers.append(layer)
+    link(layers)
     cache.layers[:] = layers
     return layers
 
@@ -84,7 +90,7 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
 def token_layers(cache: Any) -> list[TokenLayer]:
     """The layers of a cache that the engine has adopted; empty for any other."""
     layers = cache.layers if isinstance(cache, Cache) else []
-    return layers if layers and isinstance(layers[0], TokenLayer) else []
+    return layers if layers and isinstance(layers[0], (TokenLayer, StateLayer, EmptyLayer)) else []
 
 
 class Before:
@@ -92,7 +98,11 @@ class Before:
 
     def __init__(self, layers: Sequence[TokenLayer]) -> None:
         self.layers: list[tuple[TokenLayer, int, dict[str, Any]]] = []
+        self.others: list[tuple[Any, dict[str, Any]]] = []
         for layer in layers:
+            if not isinstance(layer, TokenLayer):
+                self.others.append((layer, layer.snapshot()))
+                continue
             layer.shed = False
             rest = {
                 name: value for name, value in vars(layer).items() if name not in ("keys", "values", "plan", "seen")
@@ -104,6 +114,9 @@ class Before:
 
         Where a span has dropped older tokens, they are lost, and the cache is broken."""
         changed = any(layer.logical != held + rest["gone"] for layer, held, rest in self.layers)
+        changed |= any(layer.changed for layer, _ in self.others)
+        for layer, snapshot in self.others:
+            layer.restore(snapshot)
         broken = any(layer.shed and held for layer, held, _ in self.layers)
         for layer, held, rest in self.layers:
             if not held:

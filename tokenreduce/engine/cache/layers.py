@@ -141,6 +141,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """(B, H, 1, d) queries of the steps since a `decode` stage was last asked."""
     plan: KvPlan | None
     """What the engine says about the next update."""
+    beside: Sequence[Any]
+    """Layers of the same cache that hold a state instead (StateLayer)."""
     seen: tuple[Tensor | None, Tensor | None]
     """(B, k) long positions and (B, k) bool validity of the keys of the last update, which attention then goes by."""
     shed: bool
@@ -153,7 +155,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self.number, self.gone, self.reduced = number, 0, False
         self.not_padding = self.position = self.end = self.span = self.plan = self.told = None
         self.recent = []
-        self.seen = None, None
+        self.seen, self.beside = (None, None), ()
         self.shed = self.broken = False
 
     @property
@@ -175,7 +177,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         """Append; `plan` may say which of the new tokens are valid and what to hold of them."""
         forward = running.forward
         if self.reduced:
-            self._refuse(forward)
+            self.refuse(forward)
         if forward is not None and not forward.idle and forward.defers(self):
             return key_states, value_states
         if self.plan is None and self.position is None and self.is_initialized:
@@ -209,7 +211,7 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self.reduced |= plan.repacked or plan.reduction is not None or self.span is not None or self.gone != 0
         return keys, values
 
-    def _refuse(self, forward: Activity | None) -> None:
+    def refuse(self: Any, forward: Activity | None) -> None:
         """Refuse what is not of `forward`, or of one that it runs within, and what one that failed has left broken."""
         if self.broken:
             raise UnsupportedError(
@@ -280,6 +282,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens. Only tokens that came after the reduced prefill can be."""
+        for state in self.beside:
+            state.check_crop(tokens_to_remove)
         before = self.held
         super().crop(tokens_to_remove)
         self.end = None if self.end is None else self.end - (before - self.held)

@@ -21,7 +21,10 @@ def cache_of_decode_step(kwargs: Mapping[str, Any], layout: TokenLayout | None) 
     if x is None or x.shape[1] != 1 or (layout is not None and layout.slot.shape[1] == 1):
         return None
     layers = token_layers(kwargs.get("past_key_values"))
-    return layers if layers and layers[0].held else None
+    for layer in layers:
+        if isinstance(layer, TokenLayer):  # The first that can tell.
+            return layers if layer.held else None
+    return None
 
 
 def any_reduced(layers: Many[TokenLayer]) -> bool:

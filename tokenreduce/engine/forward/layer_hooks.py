@@ -14,7 +14,7 @@ from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.strategy import Site
 
-FOLLOWING = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
+FOLLOWING = ("hidden_states", "attention_mask", "mamba_attention_mask", "position_ids", "position_embeddings")
 """Arguments of a layer that the engine makes follow the tokens."""
 
 
@@ -103,6 +103,8 @@ def enter_layer(forward: Forward, number: int, family: str, args: Any, kwargs: A
                 f"{family}: its layers take {name}, one per token, which cannot follow reduced tokens"
             )
     kwargs = dict(kwargs)
+    if number in forward.mixers:
+        kwargs["attention_mask"] = forward.mixer_mask(number)
     tables, places = kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if tables is not None:  # None in layers without positions (NoPE).
         kwargs["position_embeddings"] = forward.rotate(tables)

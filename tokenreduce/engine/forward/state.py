@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenreduce.engine.cache.adopt import Before
 from tokenreduce.engine.cache.layers import Activity, KvPlan, TokenLayer, lengthened
+from tokenreduce.engine.cache.states import STATE
 from tokenreduce.engine.forward.batch import Batch
 from tokenreduce.engine.forward.cache_stages import held_before, hold_less
 from tokenreduce.engine.forward.decode_stages import remember, step
@@ -23,8 +25,8 @@ from tokenreduce.engine.model.parallel import total_heads
 from tokenreduce.engine.model.tap import Attention, DecoderFacts, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, UnsupportedError
 from tokenreduce.planning.account import SPAN_BLOCK
-from tokenreduce.planning.schedule import account_attention, look_ahead_flops
-from tokenreduce.strategy import Heads, Queries, Rows, Site, Strategy
+from tokenreduce.planning.schedule import StageRun, account_attention, attention_sources, look_ahead_flops
+from tokenreduce.strategy import Decision, Heads, Queries, Rows, Site, Strategy
 
 
 class Forward(Activity):
@@ -63,6 +65,12 @@ class Forward(Activity):
     """(layer, row): (query, key) pairs of attention where they differ from the account's."""
     logical: int
     """Tokens that transformers believes to come."""
+    later: bool
+    """Whether tokens of earlier turns are in the cache."""
+    reads_from: Mapping[int, int]
+    """Of each of `reads`, the layer whose attention is read there: the last one before it."""
+    mixers: Mapping[int, str]
+    """Layers without attention, and what their cache holds: STATE or NOTHING."""
 
     def __init__(
         self, batch: Batch, layers: list[TokenLayer], facts: DecoderFacts, deepstack: list[Tensor] | None = None
@@ -75,6 +83,8 @@ class Forward(Activity):
         self.attention = self.ffn = self.ffn_output = None
         # A row of text alone has no stages.
         self.reads = {site.order for s in batch.sequences for run in s.runs for site in reading_sites(run)}
+        self.mixers = facts.states
+        self.reads_from = attention_sources(self.reads, self.mixers)
         self.kv_sites = any(site.kind == "kv" for s in batch.sequences for run in s.runs for site in run.sites)
         self.cache_layers = {
             site.layer for s in batch.sequences for run in s.runs for site in run.sites if site.kind == "cache"
@@ -84,6 +94,7 @@ class Forward(Activity):
         self.decoding: Mapping[int, Strategy] = {}
         self.own: AttentionRecord | None = None
         self.passengers = [[rows[s.row, s.columns.to(rows.device)] for rows in self.deepstack] for s in batch.sequences]
+        self.later = any(layer.logical for layer in layers)
         self.before = Before(layers if batch.width > 1 else ())
         self._mask: Tensor | None = None
         self._mask_key: tuple[int, int, torch.device | None, Tensor | None] = (0, 0, None, None)
@@ -96,7 +107,7 @@ class Forward(Activity):
 
     def cache(self, layer: int) -> TokenLayer | None:
         """The cache layer of `layer`, None without a cache."""
-        return self.layers[layer] if self.layers else None
+        return self.layers[layer] if self.layers and layer not in self.mixers else None
 
     def move(self, device: torch.device) -> None:
         """Take all that goes with the tokens to where they are now: the layers may lie on several devices."""
@@ -141,11 +152,13 @@ class Forward(Activity):
                         assert left is not None
                         hidden, changed = left, True
                         part.reducible_count -= before - len(sequence)
+                    decision = self._told(run, site, decision)
                     self.looks.record(sequence, part, run, site, decision, before, len(sequence), merged)
             rows.append(hidden)
         if site.kind == "pre_attention":
             self.own = None
-        if site.order + 1 not in self.reads:
+        last = None if self.attention is None else self.attention.layer
+        if not any(read > site.order and self.reads_from.get(read) == last for read in self.reads):
             self.attention = None  # No stage will read it: as many bytes as the residual stream.
         return self.batch.pack(rows, x) if changed else None
 
@@ -168,6 +181,9 @@ class Forward(Activity):
     def enter_attention(self, layer: int, x: Tensor) -> None:
         """Account for the attention of `layer` over x, and tell its cache what will come."""
         self.move(x.device)
+        if layer in self.mixers:
+            self._enter_mixer()
+            return
         batch, cache = self.batch, self.cache(layer)
         plan = KvPlan(self.logical, batch.valid, draft=batch.draft, repacked=batch.index is not None)
         counts = [CacheCount()] * len(self.sequences)
@@ -184,6 +200,38 @@ class Forward(Activity):
         if cache is not None:
             cache.plan = plan
         self._input = x if layer in self.cache_layers else None
+
+    def _told(self, run: StageRun, site: Site, decision: Decision) -> Decision:
+        """`decision`, whose note says whose attention was read where the layer before has none."""
+        layer = self.reads_from.get(site.order)
+        if layer is None or site not in reading_sites(run) or layer == (site.order - 1) // 3:
+            return decision
+        return replace(decision, note="; ".join(filter(None, [decision.note, f"read the attention of layer {layer}"])))
+
+    def _enter_mixer(self) -> None:
+        """Account for a layer without attention. What its state is made of from a reduction on, only the engine knows."""
+        for sequence in self.sequences:
+            account_attention(sequence.conductor.account, len(sequence), None, False)
+            for part in sequence.parts:
+                if part.medium is not None:
+                    account_attention(part.conductor.account, part.reducible_count, None, False)
+        if self.batch.index is not None:
+            for number in self.mixers if self.layers else ():
+                self.layers[number].reduced = True
+
+    def mixer_mask(self, layer: int) -> Tensor | None:
+        """(B, m) long, 0 on padding: what a layer with a state needs from a reduction on; None if no token is padding.
+
+        UnsupportedError where padding would come between a state and the tokens that go on from it."""
+        if self.mixers.get(layer) != STATE or self.batch.valid is None:
+            return None
+        if self.later:
+            raise UnsupportedError(
+                f"layer {layer} goes on from a state, and rows that keep different numbers of tokens would put padding between "
+                "the state and the new tokens: reduce a later turn one row at a time, or with a strategy that keeps the same "
+                "number in every row"
+            )
+        return self.batch.valid.long()
 
     def finish_layer(self, layer: int, out: Tensor) -> Tensor:
         """Account for the FFN of `layer` and add its deepstack rows to out (B, m, D)."""
@@ -270,7 +318,7 @@ class Forward(Activity):
     ) -> tuple[Tensor, Tensor | None]:
         cache = self.cache(layer)
         watched = base
-        if not self.reads.isdisjoint(range(3 * layer + 1, 3 * layer + 4)):
+        if layer in self.reads_from.values():
             self.attention = AttentionRecord.of(layer, query, key, kwargs, value)
             if self.implementation == "sdpa":
                 watched = self.attention.rows.around(base)

@@ -12,9 +12,11 @@ from torch import nn
 
 from tokenreduce.adapter import FfnPair, ModelAdapter
 from tokenreduce.budget import Budget
+from tokenreduce.engine.cache.states import TOKENS, contents
 from tokenreduce.engine.model import tap
 from tokenreduce.engine.model.hooks import Hook, remove_handles
 from tokenreduce.engine.model.meter import Measured
+from tokenreduce.engine.model.mixers import refuse_model, refuse_sites
 from tokenreduce.engine.model.parallel import head_group
 from tokenreduce.engine.model.private_names import INTERNAL, prove_names
 from tokenreduce.engine.model.probe import prove
@@ -45,20 +47,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             )
     inner: nn.Module = model.get_base_model()  # type: ignore[operator]
     return unwrapped(inner)
-
-
-def refuse_model(family: str, config: Any) -> None:
-    """Refuse decoders with layers other than attention, or with attention that is not causal."""
-    if not getattr(config, "is_causal", True):
-        raise UnsupportedError(f"{family}: its tokens see those behind them (is_causal=False), which is not supported")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds == {"sliding_attention"} and getattr(config, "sliding_window", None):
-        kinds = set()  # Like full attention up to the window's length, which every call is held to.
-    if kinds:
-        raise UnsupportedError(
-            f"{family}: its decoder has {', '.join(sorted(kinds))} layers, whose state does not follow reduced tokens; not "
-            "supported"
-        )
 
 
 class EntryPoints(NamedTuple):
@@ -111,11 +99,12 @@ class Host:
         self._shapes, self.unlike = cost.DecoderShape.candidates(self.config)
         self.shape = self._shapes[0]
         self.cached = None
+        states = {n: kind for n, kind in enumerate(contents(self.config, len(self.layers))) if kind != TOKENS}
         attention = {
             module: number
             for number, layer in enumerate(self.layers)
             for module in layer.modules()
-            if getattr(module, "layer_idx", None) is not None and hasattr(module, "config")
+            if number not in states and getattr(module, "layer_idx", None) is not None and hasattr(module, "config")
         }
         # A copy of an attached model is dense, but its configuration still names the tap.
         self.implementation = str(self.config._attn_implementation).removeprefix(tap.PREFIX)
@@ -125,6 +114,7 @@ class Host:
             self.implementation,
             self.config,
             head_group(self.layers[0]),
+            states,
         )
         # Each step of decoding looks: a configuration's own attributes take ten times as long.
         self._settings, self._tapped = vars(self.config), tap.PREFIX + self.implementation
@@ -205,6 +195,7 @@ class Host:
                 # The public setter would also rename the sub-configs' attention; only the decoder's own is ours to change.
                 self.config._attn_implementation_internal = self._tapped
             measured = prove(self.text, self.family, self.implementation, self.layers, pairs, self.facts.modules)
+            refuse_sites(self.family, self.facts.states, strategies, len(self.layers))
             reading = [strategy.name for strategy in strategies if strategy.capabilities.attention]
             if reading and measured.beside:
                 raise UnsupportedError(

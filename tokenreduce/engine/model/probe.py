@@ -13,6 +13,8 @@ from transformers import DynamicCache
 
 from tokenreduce.adapter import FfnPair
 from tokenreduce.engine.cache.layers import Activity, running
+from tokenreduce.engine.cache.states import TOKENS as HOLDS_TOKENS
+from tokenreduce.engine.cache.states import contents
 from tokenreduce.engine.model.meter import Measured, Meter
 from tokenreduce.engine.model.tap import UNREADABLE
 from tokenreduce.errors import UnsupportedError, one_line
@@ -137,7 +139,8 @@ def prove_decoder(
         ) in tables:  # Rotary tables that grow with the input (dynamic NTK) begin anew with a short one.
             module._buffers.update(buffers)
             vars(module).update(counts)
-    missing = sorted(set(range(len(layers))) - spy.seen)
+    without = {number for number, what in enumerate(contents(text.config, len(layers))) if what != HOLDS_TOKENS}
+    missing = sorted(set(range(len(layers))) - spy.seen - without)
     if missing:
         raise UnsupportedError(
             f"{family}: the attention of layer {missing[0]} does not go through transformers' attention interface; its masks "

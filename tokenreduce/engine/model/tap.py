@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class DecoderFacts:
     """The decoder's configuration."""
     group: Any
     """The process group over which the attention heads are sharded; None if they are not."""
+    states: Mapping[int, str] = field(default_factory=dict)
+    """Layers without attention, and what their KV cache holds (cache.states: STATE or NOTHING)."""
 
 
 def tapped(implementation: str) -> str:

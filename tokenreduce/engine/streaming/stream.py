@@ -111,6 +111,11 @@ class Stream(Run):
         if not pipeline.stages:
             raise PipelineError("stream: the pipeline has no stage; there would be nothing to do")
         super().__init__(model, pipeline, adapter)
+        if self.host.facts.states:
+            self.detach()
+            raise UnsupportedError(
+                f"{self.host.family}: a stream over layers that are not attention is not supported; prefill in one piece"
+            )
         self.width, self.cache = width, DynamicCache(config=self.host.config)
         self._cached: list[TokenLayer] = adopt(self.cache, len(self.host.layers))
         self._ledger, self._logical = Ledger(self.shape), 0
