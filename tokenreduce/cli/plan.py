@@ -123,6 +123,8 @@ def _print(plan: Plan, similar: float) -> None:
     print_table(["layers", "tokens", "share of the input", "GFLOP/layer", "KV MiB/layer"], rows)
     print_prose(plan.summary)
     print_prose(f"merging by threshold is taken to find {similar:.0%} similar tokens at its first look and none later")
+    for line in plan.counts:
+        print_prose(line)
     for line in plan.remarks:
         print_prose(line)
     for line in plan.tower:

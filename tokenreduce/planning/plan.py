@@ -61,6 +61,8 @@ class Plan:
     """One per layer, from the first."""
     tower: tuple[str, ...] = field(default=(), kw_only=True)
     """What each stage in the vision tower leaves of its work, a line each; no number above counts it."""
+    counts: tuple[str, ...] = field(default=(), kw_only=True)
+    """Where each stage's count comes from, a line each: known from shapes, solved from the budget, or left to the video."""
     idle: tuple[str, ...] = field(default=(), kw_only=True)
     """Stages, and layers of stages, that leave every token they see, a line each."""
     depends: str = field(default="", kw_only=True)
@@ -98,6 +100,7 @@ class Plan:
             "kv_bytes": self.kv_bytes,
             "dense_kv_bytes": self.dense_kv_bytes,
             "layers": [asdict(layer) for layer in self.layers],
+            "counts": list(self.counts),
             "idle": list(self.idle),
             "depends": self.depends,
         }
@@ -187,6 +190,7 @@ def plan_on(pipeline: Pipeline, arch: Architecture, frames: int | None = None, s
         dense_kv_bytes=kv_bytes(shape, dense, account.cache_bytes),
         layers=layers,
         tower=tuple(_tower(pipeline)),
+        counts=tuple(_counts(pipeline, conductor)),
         idle=tuple(idle_stages(conductor)),
         depends=depends or account.shortfall,
     )
@@ -242,6 +246,18 @@ def idle_stages(conductor: Conductor) -> Iterator[str]:
         elif run.fixed and not all(gone for _, gone in looks):
             where = ", ".join(str(site) for site, gone in looks if not gone)
             yield f"{name}: does nothing at {where}: it may keep as many tokens as there are"
+
+
+def _counts(pipeline: Pipeline, conductor: Conductor) -> Iterator[str]:
+    """Where the count of each stage in the decoder comes from."""
+    assumed = {run.strategy.place: run.assumed for run in conductor.runs}
+    says = {"known": "known from shapes", "solved": "solved from the budget", "video": "depends on the video"}
+    for strategy in build(pipeline):
+        kind = says[strategy.count_kind]
+        if strategy.count_kind == "video":
+            kind += f"; assumed here: {assumed.get(strategy.place) or 'what its forecast says'}"
+        late = " (it acts in decoding, which is not in the table)" if strategy.decodes else ""
+        yield f"{strategy.name}: count {kind}{late}"
 
 
 def _tower(pipeline: Pipeline) -> Iterator[str]:

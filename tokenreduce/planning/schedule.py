@@ -28,6 +28,8 @@ class StageRun:
     """It will not be asked again."""
     acted: bool = False
     """It was asked at least once."""
+    assumed: str = ""
+    """What its last forecast took for granted of the video."""
     note: str = ""
     """Why it ended, or what its last decision said of itself."""
     free_from: int = 0
@@ -356,6 +358,7 @@ def _go_on(
                     _settled if least and run.solved else partial(conductor.settle, run, site, tokens),
                 )
                 outcome = outcome_of(run.strategy, view)
+                run.assumed = outcome.assumed or run.assumed
                 left = outcome.count if kind in HOLDING else account.fixed + outcome.count
                 if kind == "kv":
                     held, span = min(outcome.count, tokens), run.strategy.capabilities.spans
