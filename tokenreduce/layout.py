@@ -96,6 +96,8 @@ class TokenLayout:
 
     def to(self, device: torch.device) -> TokenLayout:
         """The same layout on `device`."""
+        if self.slot.device == torch.device(device):
+            return self
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(self, **moved)
 

@@ -96,6 +96,15 @@ def reduction_of(who: str, answer: Any) -> Reduction | None:
 
 def check_reduction(who: str, reduction: Reduction, shape: tuple[int, int], device: torch.device) -> None:
     """Refuse a reduction that is not one, or not one of (rows, tokens) `shape` on `device`."""
+    check_shape(who, reduction, shape, device)
+    try:
+        reduction.validate()
+    except LayoutError as error:
+        raise PluginError(f"{who}: {error}") from None
+
+
+def check_shape(who: str, reduction: Reduction, shape: tuple[int, int], device: torch.device) -> None:
+    """As `check_reduction`, as far as no number has to come from the device."""
     target = reduction.target
     if isinstance(target, Tensor):
         if tuple(target.shape) != shape:
@@ -103,7 +112,7 @@ def check_reduction(who: str, reduction: Reduction, shape: tuple[int, int], devi
         if target.device != device:
             raise PluginError(f"{who} returned a reduction on {target.device}, but its tokens are on {device}")
     try:
-        reduction.validate()
+        reduction.check_types()
     except LayoutError as error:
         raise PluginError(f"{who}: {error}") from None
 

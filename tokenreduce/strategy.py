@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -258,6 +258,12 @@ class StageContext:
     """Where the stage says `keep: {tokens: …, per: medium}`: how many tokens of each image or video stay."""
     settle_source: Callable[[int, str], int] | None = None
     held_source: Callable[[], tuple[Tensor, Tensor]] | None = None
+    total: int | None = None
+    """Tokens of the sequence before any went, above every `position`."""
+    measured: list[Any] | None = None
+    """What the strategy's `measure` asked for, as numbers."""
+    kept_for_decide: dict[str, Any] = field(default_factory=dict)
+    """What `measure` has computed, and `decide` need not compute again."""
 
     @property
     def n(self) -> int:
@@ -472,7 +478,8 @@ class StageContext:
             raise ValueError(f"keep_top needs a whole number of tokens from 0, got {count!r}")
         count = min(count, self.reducible_count)
         mask = top_mask(scores, count, self.reducible) | ~self.reducible
-        return Reduction.keep(mask[None], counts=(self.n - self.reducible_count + count,))
+        reduction = Reduction.keep(mask[None], counts=(self.n - self.reducible_count + count,))
+        return replace(reduction, proven=True)
 
     def merge(
         self,
@@ -504,7 +511,7 @@ class StageContext:
     def random(self, seed: int) -> Tensor:
         """(n,) uniform scores that depend on `seed` and the original positions only, not on batch, device or threads."""
         generator = torch.Generator().manual_seed(seed)
-        last = int(self.position.max()) + 1 if self.n else 0
+        last = self.total if self.total is not None else int(self.position.max()) + 1 if self.n else 0
         return torch.rand(last, generator=generator).to(self.position.device)[self.position]
 
 
@@ -634,6 +641,21 @@ class Strategy(ABC):
             raise PipelineError(
                 f"{self.name} cannot act at site '{site}' (it can at: {', '.join(self.capabilities.sites)})"
             )
+
+    def measure(self, ctx: StageContext) -> Tensor | None:
+        """(k,) numbers that `decide` has to know on the host, if any; there they are `measured(ctx)`.
+
+        The engine brings those of all sequences of a batch over at once, in one synchronisation: a `.item()` in `decide` is one
+        per sequence. What else is computed here, and `decide` needs too, goes into `ctx.kept_for_decide`.
+        """
+        return None
+
+    def measured(self, ctx: StageContext) -> list[Any]:
+        """The numbers of `measure`."""
+        if ctx.measured is None:
+            numbers = self.measure(ctx)
+            ctx.measured = [] if numbers is None else numbers.tolist()
+        return ctx.measured
 
     @abstractmethod
     def decide(self, ctx: StageContext) -> Decision | Reduction | None:

@@ -104,7 +104,9 @@ def test_a_row_in_a_batch_is_as_if_it_were_alone(act: Any, turned: bool, attenti
     for row, its in enumerate(layouts):
         alone, one = call(model, stages, its, ids[row : row + 1])
         for ours, expected in zip(both, alone, strict=True):
-            torch.testing.assert_close(ours[row : row + 1, -1], expected[:, -1], atol=1e-9, rtol=0)
+            # The softmax of eager attention is in float32, and the masked keys beside a row's own change its rounding.
+            atol = 1e-9 if attention == "sdpa" else 5e-6
+            torch.testing.assert_close(ours[row : row + 1, -1], expected[:, -1], atol=atol, rtol=0)
         assert [int(layer.tokens[row]) for layer in trace.layers] == [int(layer.tokens[0]) for layer in one.layers]
         flops += sum(layer.flops for layer in one.layers)
     assert sum(layer.flops for layer in trace.layers) == flops

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.compare.prefill import is_finite, now, timed
+from tokenreduce.compare.clock import now
+from tokenreduce.compare.prefill import is_finite, timed
 from tokenreduce.errors import CheckpointError, UnsupportedError
 from tokenreduce.models.loading import family_of
 from tokenreduce.models.tokenizer import has_tokenizer, read_tokenizer

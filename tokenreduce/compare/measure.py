@@ -15,9 +15,10 @@ import torch
 from transformers.utils import logging
 
 from tokenreduce.compare.arms import Arm
+from tokenreduce.compare.clock import now
 from tokenreduce.compare.conversation import Reply, Speaker, converse, kl_divergence
 from tokenreduce.compare.memory import PeakMemory
-from tokenreduce.compare.prefill import PrefillCounts, count_prefill, now
+from tokenreduce.compare.prefill import PrefillCounts, count_prefill
 from tokenreduce.compare.tasks import Item
 from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
@@ -68,6 +69,8 @@ class _Watch:
     def wrap(self, run: Run, device: torch.device) -> None:
         """Time every decision of the strategies of `run`, which belong to it alone."""
         for strategy in (*run.strategies, *run.vision):
+            if hasattr(strategy, "measure"):  # Not those of the tower.
+                strategy.measure = self._timed(strategy.measure, device)  # type: ignore[method-assign]
             strategy.decide = self._timed(strategy.decide, device)  # type: ignore[method-assign,union-attr,attr-defined]
 
     def _timed(self, decide: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of code: the process's resident set on CPU, torch's own account on CUDA."""
+"""Peak memory of a piece of code: the process's resident set on CPU, torch's own account on CUDA, of all GPUs in use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from tokenreduce.compare.clock import cuda_devices
 
 STATM = Path("/proc/self/statm")
 EVERY = 0.001
@@ -33,12 +35,15 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._before: dict[torch.device, int] = {}
         self.peak = self.growth = 0
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._start = torch.cuda.memory_allocated(self.device)
+            self._before = {gpu: torch.cuda.memory_allocated(gpu) for gpu in cuda_devices()}
+            for gpu in self._before:
+                torch.cuda.reset_peak_memory_stats(gpu)
+            self._start = sum(self._before.values())
             return self
         _give_back()
         self._start = self.peak = resident_bytes()
@@ -51,7 +56,7 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(self.device)
+            self.peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in cuda_devices())
         else:
             self._done.set()
             self._thread.join()

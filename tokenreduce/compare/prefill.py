@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenreduce.compare.clock import now
 from tokenreduce.engine.run import Run
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.planning.cost import DecoderShape, layer_flops, prefill_flops
@@ -95,10 +95,3 @@ def timed(decoder: nn.Module, device: torch.device) -> Iterator[list[float]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when everything asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tokenreduce.compare.arms import BASELINE, name_pipelines
-from tokenreduce.compare.prefill import PrefillCounts, count_prefill, is_finite, now, timed
+from tokenreduce.compare.clock import now
+from tokenreduce.compare.prefill import PrefillCounts, count_prefill, is_finite, timed
 from tokenreduce.engine.attach import reduce
 from tokenreduce.engine.run import Run
 from tokenreduce.errors import BudgetError, NotFiredError, PipelineError, TokenReduceError, UnsupportedError

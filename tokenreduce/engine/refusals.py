@@ -63,7 +63,7 @@ def refuse_call(family: str, config: Any, call: Call) -> None:
         raise UnsupportedError(
             f"{family}: {length} tokens are beyond its sliding window of {window}, which is not supported"
         )
-    valid = call.valid
+    valid = call.host_valid
     if valid is None:
         return
     if not bool(valid[:, -1].all()):
@@ -152,7 +152,9 @@ def refuse_needs(pipeline: str, strategies: Iterable[Strategy], sequences: Itera
             for sequence in sequences:
                 facts = sequence.facts
                 if need == "grid" and sequence.original_reducible:
-                    patch = sequence.reducible if facts.marker is None else sequence.reducible & (facts.marker == PLAIN)
+                    patch = sequence.reducible.cpu()
+                    if facts.marker is not None:
+                        patch = patch & (facts.marker == PLAIN)
                     if facts.row is None or bool((facts.row[patch] < 0).any()):
                         raise UnsupportedError(
                             f"{pipeline}: {strategy.name} needs rows and columns (grid), which the layout of "

@@ -227,6 +227,11 @@ class Run:
         self._check_pipeline()
         sites = {site for strategy in self.strategies for site in sites_of(strategy, len(host.layers))}
         self._kv_sites = any(site.kind == "kv" for site in sites)
+        if self._kv_sites and host.implementation not in ("sdpa", "eager"):
+            raise UnsupportedError(
+                f"{host.family}: stages at `kv` sites need sdpa or eager attention, not {host.implementation}; call "
+                'model.set_attn_implementation("sdpa")'
+            )
         self._cache_sites = any(site.kind == "cache" for site in sites)
         self._ahead = any(strategy.capabilities.own_attention for strategy in self.strategies)
         self._decoding = {
@@ -339,7 +344,7 @@ class Run:
                     "torch.compile"
                 )
         refuse_later_padding(self.host.family, self.host.facts.states, call)
-        if self._kv_sites and call.past and call.valid is not None:
+        if self._kv_sites and call.past and call.host_valid is not None:
             raise UnsupportedError(f"{self.host.family}: stages at `kv` sites do not support padding in a later turn")
         sequences = calls.sequences(
             call, layout, self._reducible(layout), self.strategies, self._account, self.host.turn_ends
@@ -402,12 +407,12 @@ class Run:
         if any_reduced(layers) or (self._decoding and layers and call.past):
             refuse_call(self.host.family, self.host.config, call)
             refuse_later_padding(self.host.family, self.host.facts.states, call)
-            if call.valid is not None and any(layer.position is not None for layer in layers):
+            if call.host_valid is not None and any(layer.position is not None for layer in layers):
                 raise UnsupportedError(
                     f"{self.host.family}: stages at `kv` sites do not support padding in a later turn"
                 )
             self._active.start(self._forward(call, [], layers, []))
-        if layers and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.valid is not None:
+        if layers and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.host_valid is not None:
             for layer in layers:
                 layer.plan = KvPlan(call.width, call.valid)
         if not call.past and call.width > 1:
@@ -416,7 +421,7 @@ class Run:
     def _dense_trace(self, call: Call) -> Trace:
         width = call.width - call.draft
         everything = torch.arange(width)
-        real = None if call.valid is None else call.valid[:, :width].cpu()
+        real = None if call.host_valid is None else call.host_valid[:, :width]
         kept = [everything if real is None else real[row].nonzero()[:, 0] for row in range(call.batch)]
         trace = dense_receipt(
             [len(columns) for columns in kept], kept, width, self.pipeline.name,
@@ -445,7 +450,7 @@ class Run:
             layout = calls.given_layout(call, self._layout, self._fresh)
         else:
             layout = calls.found_layout(call, self.adapter, self.host.family, self.host.model)
-        layout = None if layout is None else layout.to(call.device)
+        layout = None if layout is None else layout.to(torch.device("cpu"))
         return layout if layout is not None and bool(layout.vision[:, : call.width - call.draft].any()) else None
 
     def _forward(

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tokenreduce.ops.blocks import query_block
+from tokenreduce.ops.blocks import LARGER, query_block
 
 TILE_QUERIES, TILE_ELEMENTS = 64, 1 << 20
 """Queries, and scores of one group of heads, in a tile where the rows' log-sum-exp is known."""
@@ -30,7 +30,7 @@ def importance(
     lse: (H, n) log-sum-exp of each query's scores, where the attention has computed it: then no row needs to be whole.
     Beyond its result it holds one block of scores, O(H·m). Has no gradient.
     """
-    sums = _gpu_sums(q, k, scale, queries) if q.is_cuda else None
+    sums = _gpu_sums(q, k, scale, queries) if q.is_cuda and queries > 1 else None
     if sums is None:
         sums = column_sums(q, k, scale, queries, lse)
     return sums.amax(0) if heads == "max" else sums.mean(0)
@@ -47,6 +47,8 @@ def column_sums(q: Tensor, k: Tensor, scale: float, queries: int, lse: Tensor | 
     share = total_heads // groups
     exact = torch.promote_types(q.dtype, torch.float32)
     block, tile = query_block(total_heads, m, queries), m
+    if q.device.type != "cpu":  # Blocks that fit a CPU's cache would be thousands of launches.
+        block = min(queries, block * LARGER)
     if lse is not None:
         block = min(queries, TILE_QUERIES)
         tile = min(m, max(1, TILE_ELEMENTS // (share * block)))
@@ -134,13 +136,20 @@ def _kernels() -> ModuleType | None:
     return attention_triton
 
 
+_failed: dict[int, object] = {}
+"""Kernels that have failed once: to try them anew at every reading would cost a compilation each."""
+
+
 def _gpu_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor | None:
     """`column_sums` by the Triton kernels; None, after a warning, where they do not run: then plain torch has to do."""
     kernels = _kernels()
     if kernels is None or q.dtype not in kernels.DTYPES or q.shape[-1] > kernels.MAX_WIDTH:
         return None
+    if id(kernels) in _failed:
+        return None
     try:
         return kernels.gpu_column_sums(q, k, scale, queries)  # type: ignore[no-any-return]
     except Exception as error:
+        _failed[id(kernels)] = kernels  # Kept, so that its id is nobody else's.
         warnings.warn(f"importance is computed in plain torch: its GPU kernel failed: {error!r}", stacklevel=2)
         return None

@@ -6,6 +6,7 @@ Held to the plain torch code of `attention.py` under Triton's interpreter, on CP
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def gpu_column_sums(q: Tensor, k: Tensor, scale: float, queries: int) -> Tensor:
     facts: tuple[Any, ...] = (scale * LOG2_E, n - queries, n, m, heads // groups, *q.stride(), *k.stride())
     # A CPU tensor means the interpreter, which cannot multiply bfloat16.
     facts += (width, padded, block, q.dtype == torch.bfloat16 and not q.is_cuda)
-    _row_kernel[triton.cdiv(queries, block), heads](q, k, lse, *facts)
-    _column_kernel[triton.cdiv(m, block), heads](q, k, lse, sums, *facts)
+    # Triton launches on the current device, which need not be the tensors': layers may lie on several.
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        _row_kernel[triton.cdiv(queries, block), heads](q, k, lse, *facts)
+        _column_kernel[triton.cdiv(m, block), heads](q, k, lse, sums, *facts)
     return sums

@@ -21,6 +21,11 @@ def block_rows(rows: Tensor) -> int:
     return max(ELEMENTS * (1 if rows.device.type == "cpu" else LARGER) // max(rows.shape[-1], 1), 1)
 
 
+def block_columns(rows: Tensor) -> int:
+    """Columns of (n, D) whose full-precision copies make one block; wide enough that no row is read in crumbs."""
+    return max(8 * ELEMENTS * (1 if rows.device.type == "cpu" else LARGER) // max(rows.shape[0], 1), 64)
+
+
 def query_block(heads: int, keys: int, queries: int) -> int:
     """Queries of a block of whole rows of scores, where there are `queries` of them."""
     return max(1, min(queries, max(LEAST_QUERIES, SCORES // max(heads * keys, 1))))

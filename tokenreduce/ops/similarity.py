@@ -17,15 +17,14 @@ def previous_in_slot(slot: Tensor, medium: Tensor, candidates: Tensor) -> Tensor
     Args:
         slot, medium: (n,) long. candidates: (n,) bool; the others get −1 and are nobody's predecessor.
     """
-    index = candidates.nonzero().squeeze(1)
     previous = torch.full_like(slot, -1)
-    if len(index) < 2:
+    if len(slot) < 2:
         return previous
-    key = medium[index] * (int(slot.max()) + 1) + slot[index]
+    key = torch.where(candidates, medium * (slot.max() + 1) + slot, -1)
     order = key.argsort(stable=True)
-    ordered, key = index[order], key[order]
-    same = key[1:] == key[:-1]
-    previous[ordered[1:]] = torch.where(same, ordered[:-1], -1)
+    key = key[order]
+    same = (key[1:] == key[:-1]) & (key[1:] >= 0)
+    previous[order[1:]] = torch.where(same, order[:-1], -1)
     return previous
 
 
@@ -40,15 +39,17 @@ def cosine_to(hidden: Tensor, other: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     result = torch.full(other.shape, -torch.inf, dtype=dtype, device=hidden.device)
-    rows = (other >= 0).nonzero().squeeze(1)
-    for part in rows.split(block_rows(hidden)):
-        a, b = hidden[part].to(dtype), hidden[other[part]].to(dtype)
+    # All rows, those without another too: which they are, the host need not know.
+    for start in range(0, len(hidden), block_rows(hidden)):
+        part = slice(start, start + block_rows(hidden))
+        whom = other[part]
+        a, b = hidden[part].to(dtype, copy=True), hidden[whom.clamp(min=0)].to(dtype)
         # Scaled to a largest entry of 1 first: the squares of large rows overflow, those of tiny rows vanish.
         for x in (a, b):
             x.div_(x.abs().amax(-1, keepdim=True))
         norms = a.norm(dim=-1) * b.norm(dim=-1)
         cosine = a.mul_(b).sum(-1) / norms
-        result[part] = torch.where(cosine.isnan(), -torch.inf, cosine)
+        result[part] = torch.where(cosine.isnan() | (whom < 0), -torch.inf, cosine)
     return result
 
 
@@ -75,8 +76,5 @@ def merge_runs(previous: Tensor, similar: Tensor) -> Tensor:
     target = torch.where(linked, previous, target)
     # Doubling: after k rounds every pointer has jumped 2^k links back, so log2(longest run) rounds suffice.
     for _ in range(max(len(previous), 1).bit_length()):
-        further = target[target]
-        if torch.equal(further, target):
-            break
-        target = further
+        target = target[target]
     return target

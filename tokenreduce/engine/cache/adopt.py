@@ -80,7 +80,7 @@ def adopt(cache: Any, depth: int, valid: Tensor | None = None) -> list[TokenLaye
                 raise UnsupportedError("a sliding-window cache that has already dropped tokens is not supported")
             layer.lazy_initialization(old.keys, old.values)
             layer.keys, layer.values = old.keys, old.values
-            layer.not_padding = valid
+            layer.not_padding, layer.regular = valid, valid is None
         layers.append(layer)
     link(layers)
     cache.layers[:] = layers
@@ -124,7 +124,7 @@ class Before:
             elif layer.held > held:
                 # Copied, so that the longer tensor goes.
                 layer.keys, layer.values = layer.keys[:, :, :held].clone(), layer.values[:, :, :held].clone()
-            layer.__dict__.update(rest, plan=None, seen=(None, None))
+            layer.__dict__.update(rest, plan=None, seen=None)
             layer.is_initialized = layer.is_initialized and bool(held)
             layer.broken |= broken
             layer.reduced |= broken

@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.reduction import Reduction
 
-Joined = dict[tuple[int, int, int], tuple[Tensor, ...]]
-"""What `_joined` has made in one forward."""
+Joined = dict[tuple[Any, ...], tuple[Any, ...]]
+"""What has been made in one forward, by the ids of what it was made of: layers that hold the same tokens share it."""
 
 
 class Activity:
@@ -78,6 +78,30 @@ class Running(threading.local):
 running = Running()
 
 
+def shared(known: Joined, key: tuple[Any, ...], parts: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What `make` gives, made once in a forward for the same `parts`. They are kept: nothing else gets their ids."""
+    key = (*key, *map(id, parts))
+    if key not in known:
+        known[key] = (make(), parts)
+    return known[key][0]
+
+
+@dataclass
+class Seen:
+    """What attention at a layer goes by, where a stage at a `kv` site has changed what its queries see."""
+
+    position: Tensor
+    """(B, k) long, of the keys of the last update, growing in each row where they are valid."""
+    valid: Tensor | None
+    """(B, k) bool, which of them are no padding; None if all are."""
+    queries: Tensor
+    """(B, q) long, positions of the queries, −1 on padding."""
+    borders: Sequence[int] | None
+    """Per block of queries, how many of the keys that came with them are not later; None where the keys are the queries'."""
+    columns: tuple[int, int] | None
+    """One query per row, which sees so many columns from the first and so many up to the last; None where that cannot be said."""
+
+
 @dataclass
 class KvPlan:
     """What the engine says about one update of one layer; `position` and what follows it only at `kv` sites."""
@@ -98,6 +122,14 @@ class KvPlan:
     """(B, n) long, how many originals each of them stands for."""
     span: Tensor | None = None
     """(B, 2) long, sinks and window to hold."""
+    limit: tuple[int, int] | None = None
+    """The most sinks and the longest window of all rows."""
+    uniform: bool = True
+    """All rows have the same span."""
+    shortest: int | None = None
+    """Tokens of the shortest row of a new cache, where there are no gaps in its positions."""
+    borders: Sequence[int] | None = None
+    """See Seen."""
     whole: bool = False
     """Nothing is hidden from a query yet."""
     repacked: bool = False
@@ -143,8 +175,14 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
     """What the engine says about the next update."""
     beside: Sequence[Any]
     """Layers of the same cache that hold a state instead (StateLayer)."""
-    seen: tuple[Tensor | None, Tensor | None]
-    """(B, k) long positions and (B, k) bool validity of the keys of the last update, which attention then goes by."""
+    limit: tuple[int, int]
+    """The most sinks and the longest window of all rows of `span`: numbers, so that nobody has to ask the device."""
+    gapless: bool
+    """No token is missing between those that it has seen, but for what a span has dropped."""
+    regular: bool
+    """Gapless, without padding, under one span: each row's columns are its sinks and then its newest tokens."""
+    seen: Seen | None
+    """What the attention after the last update goes by; None if that is as in any other layer."""
     shed: bool
     """A span has dropped tokens since the forward began: they cannot be had back."""
     broken: bool
@@ -155,7 +193,8 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         self.number, self.gone, self.reduced = number, 0, False
         self.not_padding = self.position = self.end = self.span = self.plan = self.told = None
         self.recent = []
-        self.seen, self.beside = (None, None), ()
+        self.seen, self.limit, self.gapless, self.regular = None, (0, 0), True, True
+        self.beside = ()
         self.shed = self.broken = False
 
     @property
@@ -185,31 +224,60 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
             self.keys = torch.cat([self.keys, key_states], -2)
             self.values = torch.cat([self.values, value_states], -2)
             return self.keys, self.values
-        plan = (self.plan or KvPlan(key_states.shape[-2])).to(key_states.device)
+        new, device = key_states.shape[-2], key_states.device
+        known: Joined = {} if forward is None else forward.joined
+        plan = (self.plan or KvPlan(new)).to(device)
         self.plan = None
         logical = self.logical + plan.logical
         held, valid, position = self.held, plan.valid, plan.position
+        queries = position
         if plan.reduction is not None and plan.size is not None and position is not None:
             key_states, value_states, position, valid = _reduced(
                 plan.reduction, plan.size, key_states, value_states, position
             )
-        rows, new, device = key_states.shape[0], key_states.shape[-2], key_states.device
+            new = key_states.shape[-2]
         if self.position is not None or position is not None:
-            past, end = self.places(rows, device)
-            if position is None:
-                position = end[:, None] + torch.arange(new, device=device)
-            self.position, self.end = torch.cat([past, position], 1), end + new if plan.end is None else plan.end
+            parts = self.position, self.end, self.not_padding, position, plan.end
+            key = "placed", held, new, len(key_states)
+            self.position, self.end = shared(known, key, parts, lambda: self._placed(position, plan.end, new, device))
+        self.gapless &= not (plan.repacked or plan.reduction is not None)
+        self.regular &= self.gapless and valid is None
         if valid is not None:
-            self.not_padding = _joined(self.not_padding, held, valid, {} if forward is None else forward.joined)
+            self.not_padding = _joined(self.not_padding, held, valid, known)
         keys, values = super().update(key_states, value_states)
-        by_position = self.position is not None and not plan.whole
-        self.seen = (self.position, self.valid) if by_position else (None, None)
+        if plan.span is not None and plan.limit is not None:
+            if self.span is not None and self.limit != plan.limit:
+                self.gapless = self.regular = False  # What the earlier span has dropped lies within the new one.
+            self.regular &= plan.uniform
+            self.span, self.limit = plan.span, plan.limit
+        self.seen = None
+        if self.position is not None and not plan.whole:
+            queries = self.position[:, -new:] if queries is None else queries
+            self.seen = self._seen(queries, plan.borders, known)
         if plan.span is not None:
-            self.span = plan.span
-            self._forget(plan.draft)
+            self._forget(plan, known)
         self.gone = logical - self.held
         self.reduced |= plan.repacked or plan.reduction is not None or self.span is not None or self.gone != 0
         return keys, values
+
+    def _placed(self, position: Tensor | None, end: Tensor | None, new: int, device: torch.device) -> Any:
+        """Positions of all tokens, `new` ones at `position` included, and of the next one."""
+        past, before = self.places(self.keys.shape[0] if position is None else len(position), device)
+        if position is None:
+            position = before[:, None] + torch.arange(new, device=device)
+        return torch.cat([past.to(device), position], 1), before + new if end is None else end
+
+    def _seen(self, queries: Tensor, borders: Sequence[int] | None, known: Joined) -> Seen:
+        assert self.position is not None
+        real, held = self.not_padding, self.held
+        valid = None if real is None else shared(known, ("valid", held), (real,), lambda: lengthened(real, held))
+        columns = None
+        if queries.shape[1] == 1 and valid is None:
+            if self.span is None:
+                columns = 0, held
+            elif self.regular:
+                columns = self.limit if held > sum(self.limit) else (0, held)
+        return Seen(self.position, valid, queries, borders, columns)
 
     def refuse(self: Any, forward: Activity | None) -> None:
         """Refuse what is not of `forward`, or of one that it runs within, and what one that failed has left broken."""
@@ -238,31 +306,53 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         everything = torch.arange(self.held, device=device).expand(rows, -1)
         return everything, torch.full((rows,), self.held, device=device)
 
-    def _forget(self, draft: int) -> None:
-        """Hold only the sinks and the window before the next token, which may be the first of `draft` that came."""
+    def _forget(self, plan: KvPlan, known: Joined) -> None:
+        """Hold only the sinks and the window before the next token, which may be the first of the draft that came.
+
+        Asks the device nothing: how many tokens stay is known, and which ones is worked out where they are. Rows of different
+        length may hold some that no query will see.
+        """
+        sinks, window = self.limit
+        bound = sinks + window + plan.draft
+        if self.held <= bound:
+            return
+        self.shed = True
+        if self.regular:
+            self.keys, self.values = (
+                torch.cat([x[:, :, :sinks], x[:, :, x.shape[2] + sinks - bound :]], 2) for x in (self.keys, self.values)
+            )
+            place = self.position
+            assert place is not None
+            self.position = shared(
+                known,
+                ("shed", sinks, bound),
+                (place,),
+                lambda: torch.cat([place[:, :sinks], place[:, place.shape[1] + sinks - bound :]], 1),
+            )
+            return
+        parts = self.position, self.end, self.span, self.not_padding
+        index, self.position, stays = shared(
+            known, ("gathered", bound, self.held), parts, lambda: self._newest(bound, plan.draft)
+        )
+        self.regular = self.gapless and plan.uniform and plan.shortest is not None and plan.shortest >= bound
+        self.not_padding = None if self.regular else stays
+        self.keys, self.values = (
+            x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
+            for x in (self.keys, self.values)
+        )
+
+    def _newest(self, bound: int, draft: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, bound): columns of the tokens that are or will be seen, others in front; their positions; which they are."""
         assert self.position is not None
         assert self.end is not None
         assert self.span is not None
         last = self.end[:, None] - 1 - draft
-        sinks, window = self.span[:, :1], self.span[:, 1:]
-        stays = (self.position < sinks) | (self.position > last - window)
+        stays = (self.position < self.span[:, :1]) | (self.position > last - self.span[:, 1:])
         valid = self.valid
         if valid is not None:
             stays &= valid
-        counts = stays.sum(1)
-        longest = int(counts.max())
-        if longest == self.held:
-            return
-        self.shed = True
-        index = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.held - longest :]
-        self.not_padding = None
-        if bool((counts != longest).any()):
-            self.not_padding = torch.arange(longest, device=index.device) >= (longest - counts)[:, None]
-        self.position = self.position.gather(1, index)
-        spread = index[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
-        self.keys = self.keys.gather(2, spread)
-        spread = index[:, None, :, None].expand(-1, self.values.shape[1], -1, self.values.shape[-1])
-        self.values = self.values.gather(2, spread)
+        index = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.held - bound :]
+        return index, self.position.gather(1, index), stays.gather(1, index)
 
     def get_seq_length(self) -> int:
         """Logical length."""
@@ -276,9 +366,9 @@ class TokenLayer(DynamicLayer):  # type: ignore[misc]
         """Forget everything."""
         super().reset()
         self.gone, self.reduced, self.broken = 0, False, False
-        self.not_padding = self.position = self.end = self.span = self.plan = self.told = None
+        self.not_padding = self.position = self.end = self.span = self.plan = self.seen = self.told = None
         self.recent = []
-        self.seen = (None, None)
+        self.gapless = self.regular = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens. Only tokens that came after the reduced prefill can be."""
@@ -343,7 +433,8 @@ def _joined(not_padding: Tensor | None, held: int, fresh: Tensor, known: Joined)
         )
         # The parts are kept beside the whole, so that their ids are not given to others.
         known[key] = (torch.cat([old, fresh], 1), fresh, *(() if not_padding is None else (not_padding,)))
-    return known[key][0]
+    joined: Tensor = known[key][0]
+    return joined
 
 
 def _reduced(

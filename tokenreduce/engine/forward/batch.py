@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenreduce.engine.cache.layers import Joined
 from tokenreduce.engine.forward.sequence import TokenSequence
 
 
@@ -30,10 +31,13 @@ class Batch:
     """(B, m) bool, False on padding; None if no token is padding."""
     index: Tensor | None
     """(B, m) long, input column of each token that is alive, 0 on padding; None as long as no token has gone."""
+    known: Joined
+    """What layers with the same tokens share; see cache.layers.shared."""
 
     def __init__(self, sequences: list[TokenSequence], width: int, valid: Tensor | None, draft: int) -> None:
         self.sequences, self.width, self.valid, self.draft = sequences, width, valid, draft
         self.index = None
+        self.known = {}
         self._tables: tuple[Tensor, ...] | None = None
         self._gathered: tuple[Tensor, ...] | None = None
 

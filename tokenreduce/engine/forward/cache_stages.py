@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenreduce.engine.cache.layers import TokenLayer, lengthened
 from tokenreduce.engine.forward.batch import Batch
-from tokenreduce.engine.forward.looks import Looks
+from tokenreduce.engine.forward.looks import Ask, Looks
 from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.errors import UnsupportedError
 from tokenreduce.reduction import Reduction
@@ -44,9 +44,9 @@ def hold_less(
         here = batch.columns_of(len(sequence), width)
         place = slice(new + here.start, new + here.stop)
         keys, values = cache.keys[sequence.row, :, place], cache.values[sequence.row, :, place]
-        decision = looks.ask(
-            sequence, sequence.parts[0], run, site, x[sequence.row, here], attention, partial(_pair, keys, values)
-        )
+        part = sequence.parts[0]
+        ask = Ask(sequence, part, run, x[sequence.row, here], attention, partial(_pair, keys, values))
+        (decision,) = looks.ask([ask], site)
         n = count = len(sequence)
         merged, reduction = 0, decision.reduction
         if reduction is not None:
@@ -137,7 +137,7 @@ def _hold(cache: TokenLayer, batch: Batch, width: int, rows: dict[int, Held]) ->
         cache.not_padding = torch.cat([earlier, fresh], 1)
         if bool(cache.not_padding.all()):
             cache.not_padding = None
-    cache.gone, cache.reduced = logical - cache.held, True
+    cache.gone, cache.reduced, cache.gapless, cache.regular = logical - cache.held, True, False, False
 
 
 def held_before(cache: TokenLayer | None, keys: int, rows: int, device: torch.device) -> Tensor | None:

@@ -73,20 +73,30 @@ class Call:
         )
 
     @cached_property
+    def host_mask(self) -> Tensor:
+        """(B, past + width) `mask` on the CPU: one copy for all that asks."""
+        return self.mask.to(dtype=torch.bool, device="cpu")  # type: ignore[no-any-return]
+
+    @cached_property
+    def host_valid(self) -> Tensor | None:
+        """(B, width) bool on the CPU: which of the new tokens are not padding; None if all are."""
+        if self.mask is None or self.width == 1:
+            return None
+        valid = self.host_mask[:, -self.width :]
+        return None if bool(valid.all()) else valid
+
+    @cached_property
     def valid(self) -> Tensor | None:
-        """(B, width) bool: which of the new tokens are not padding; None if all are."""
-        return self._not_padding(self.mask[:, -self.width :]) if self.mask is not None and self.width > 1 else None
+        """`host_valid` on the device of the call."""
+        return None if self.host_valid is None else self.host_valid.to(self.device)
 
     @cached_property
     def valid_past(self) -> Tensor | None:
         """(B, past) bool: which of the earlier tokens are not padding; None if all are."""
         if self.mask is None or not self.past or self.mask.shape[1] != self.past + self.width:
             return None
-        return self._not_padding(self.mask[:, : self.past])
-
-    def _not_padding(self, mask: Tensor) -> Tensor | None:
-        valid = mask.to(device=self.device, dtype=torch.bool)
-        return None if bool(valid.all()) else valid
+        valid = self.host_mask[:, : self.past]
+        return None if bool(valid.all()) else valid.to(self.device)
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -124,12 +134,27 @@ def found_layout(call: Call, adapter: ModelAdapter, family: str, model: nn.Modul
         prompt = replace(prompt, position_ids=call.position_ids)
     if not isinstance(prompt.attention_mask, Tensor) or prompt.attention_mask.dim() != 2:
         prompt = replace(prompt, attention_mask=None)  # Prepared masks are refused later, if there are vision tokens.
-    layout = adapter.layout(model, prompt)
+    layout = adapter.layout(model, on_host(prompt, call))
     if layout is None:
         raise LayoutError(
             f"{family}: this family has no vision tokens of its own; pass layout=TokenLayout(slot=..., frame=...)"
         )
     return layout
+
+
+def on_host(prompt: Prompt, call: Call) -> Prompt:
+    """`prompt` with its ids, mask, positions and grids on the CPU, so that no adapter asks the device frame by frame."""
+    mask, positions, given = prompt.attention_mask, prompt.position_ids, prompt.kwargs
+    if mask is not None:
+        mask = call.host_mask if mask is call.mask else mask.cpu()
+    sizes = {
+        name: value.cpu()
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] <= 4 and not value.is_floating_point()
+    }
+    kwargs = {**given, **{name: value for name, value in sizes.items() if name not in ("input_ids", "attention_mask")}}
+    where = None if positions is None else positions.cpu()
+    return replace(prompt, input_ids=prompt.input_ids.cpu(), attention_mask=mask, position_ids=where, kwargs=kwargs)
 
 
 def deepstack(names: tuple[str, str] | None, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -159,17 +184,19 @@ def sequences(
 
     Raises BudgetError where the budget cannot be met, LayoutError where the pipeline protects every vision token of a row.
     """
-    media, valid = layout.media(), call.valid
+    layout = layout.to(torch.device("cpu"))
+    media, valid = layout.media(), call.host_valid
     made = []
     prompt = call.width - call.draft
-    reducible = reducible[:, :prompt]
+    reducible = reducible.cpu()[:, :prompt]
     if valid is not None:
         reducible = reducible & valid[:, :prompt]
+    where = layout.slot[:, :prompt], layout.frame[:, :prompt], media[:, :prompt], reducible.long()
+    there = torch.stack(where).to(call.device)  # In one copy.
     for row, count in enumerate(reducible.sum(1).tolist()):
-        if valid is None:
-            columns = torch.arange(prompt, device=reducible.device)
-        else:
-            columns = valid[row, :prompt].nonzero().squeeze(1)
+        # Padding is on the left alone: anything else was refused.
+        padding = 0 if valid is None else call.width - int(valid[row].sum())
+        columns = torch.arange(padding, prompt, device=call.device)
         its = account(len(columns), count)
         parts: list[Part] = []
         if count and its.budget is not None and its.budget.per == "medium":
@@ -180,25 +207,19 @@ def sequences(
             check(strategies, its)
         elif bool((layout.slot[row] >= 0).any()):
             raise LayoutError(f"row {row} has vision tokens, and the pipeline protects all of them; nothing could fire")
-        slot, frame = layout.slot[row, columns], layout.frame[row, columns]
+        slot, frame, medium, may_go = there[:, row, padding:]
         conductor = Conductor(strategies if count and not parts else [], its)
-        made.append(
-            TokenSequence(
-                row, columns, slot, frame, media[row, columns], reducible[row, columns], count, conductor,
-                _facts(call, layout, row, columns, ends), parts,
-            )
-        )  # fmt: skip
+        facts = _facts(call, layout, row, slice(padding, prompt), ends)
+        made.append(TokenSequence(row, columns, slot, frame, medium, may_go.bool(), count, conductor, facts, parts))
     return made
 
 
-def _facts(call: Call, layout: TokenLayout, row: int, columns: Tensor, ends: Many[int]) -> Facts:
-    """Of the tokens at `columns` (N,) of `row`."""
+def _facts(call: Call, layout: TokenLayout, row: int, columns: slice, ends: Many[int]) -> Facts:
+    """Of the tokens at `columns` of `row`."""
     prompt = call.prompt
     ids = None if prompt is None or prompt.input_ids.shape != (call.batch, call.width) else prompt.input_ids
     of = (layout.marker, layout.row, layout.column, ids)
-    marker, at_row, column, its = (
-        None if fact is None else fact[row, columns.to(fact.device)].to(columns.device) for fact in of
-    )
+    marker, at_row, column, its = (None if fact is None else fact[row, columns] for fact in of)
     return Facts(marker, at_row, column, its, ends)
 
 

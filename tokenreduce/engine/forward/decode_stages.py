@@ -197,7 +197,7 @@ def _hold(cache: TokenLayer, rows: list[Held]) -> None:
     device = cache.keys.device
     cache.keys, cache.values = padded([row[0] for row in rows], 1), padded([row[1] for row in rows], 1)
     cache.told = padded([row[2] for row in rows], 0)
-    cache.not_padding = None
+    cache.not_padding, cache.gapless, cache.regular = None, False, False
     if len(set(counts)) > 1:
         missing = torch.tensor([longest - count for count in counts], device=device)
         cache.not_padding = torch.arange(longest, device=device) >= missing[:, None]

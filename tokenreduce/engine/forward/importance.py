@@ -104,11 +104,17 @@ class AttentionRecord:
         mine = x[sequence.row]
         if self.held is not None:
             mine = mine[:, self.held[sequence.row]]
-        elif cache is not None and cache.not_padding is not None:
-            mine = mine[:, lengthened(cache.not_padding, mine.shape[1])[sequence.row]]
-        elif cache is None:
-            mine = mine[:, batch.columns_of(len(sequence.attended), mine.shape[1]).start :]
+        elif cache is None or self._alone(cache):  # Nothing before these tokens but padding.
+            mine = mine[:, batch.columns_of(len(self._attended(sequence)), mine.shape[1]).start :]
+        else:
+            real = cache.not_padding if cache.seen is None else cache.seen.valid
+            if real is not None:
+                mine = mine[:, lengthened(real, mine.shape[1])[sequence.row]]
         return mine[:, : mine.shape[1] - batch.draft]
+
+    def _alone(self, cache: TokenLayer) -> bool:
+        reduced = cache.seen is not None and cache.seen.borders is not None
+        return self.key.shape[2] == self.query.shape[2] and not reduced
 
     def keys_and_values(self, batch: Batch, cache: TokenLayer | None, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
         """(G, n, d) each, of the tokens alive."""

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenreduce.engine.cache.layers import KvPlan, TokenLayer, tokens_before
+from tokenreduce.engine.cache.layers import KvPlan, TokenLayer, shared, tokens_before
 from tokenreduce.engine.forward.batch import Batch
-from tokenreduce.engine.forward.looks import Looks
+from tokenreduce.engine.forward.looks import Ask, Looks, rounds
+from tokenreduce.engine.forward.sequence import TokenSequence
 from tokenreduce.errors import PluginError, UnsupportedError
 from tokenreduce.planning.account import SPAN_BLOCK, kv_pairs
 from tokenreduce.reduction import Reduction
@@ -41,65 +42,138 @@ def plan_kv(
     is nothing to the others. UnsupportedError where stages act, and there is no cache.
     """
     site = Site(layer, "kv")
-    width = x.shape[1]
-    targets = torch.full(x.shape[:2], -1, dtype=torch.long, device=x.device)
-    position = torch.full_like(targets, -1)
-    spans: list[Span | None] = []
-    counts: list[CacheCount] = []
-    remain: list[Tensor | None] = []
-    size = torch.ones_like(targets)
-    past = tokens_before(cache, x.shape[0], x.device).to(x.device)
-    totals = torch.tensor([s.total for s in batch.sequences], device=x.device)
-    draft = torch.arange(width - batch.draft, width, device=x.device)
-    targets[:, draft] = draft
-    position[:, draft] = (past + totals)[:, None] + draft - width + batch.draft
-    for sequence in batch.sequences:
-        n, here = len(sequence), batch.columns_of(len(sequence), width)
-        pad = here.start
-        targets[sequence.row, here] = torch.arange(pad, here.stop, device=x.device)
-        position[sequence.row, here] = sequence.alive + past[sequence.row]
-        size[sequence.row, here] = sequence.size
-        span: Span | None = None
-        count: int | None = None
-        kept: Tensor | None = None
-        for run in sequence.conductor.due(site, sequence.__len__):
-            decision = looks.ask(sequence, sequence.parts[0], run, site, x[sequence.row, here], None)
+    facts = _facts(batch, cache, x)
+    spans: list[Span | None] = [None] * len(batch.sequences)
+    counts = [CacheCount()] * len(batch.sequences)
+    reductions: dict[int, Reduction] = {}
+    for now in rounds(batch.sequences, site):
+        asked = [Ask(s, part, run, x[s.row, batch.columns_of(len(s), x.shape[1])]) for s, part, run in now]
+        for ask, decision in zip(asked, looks.ask(asked, site), strict=True):
+            sequence, n, count = ask.sequence, len(ask.sequence), None
+            row = sequence.row
             if decision.reduction is not None:
-                target, stays = decision.reduction.target[0], decision.reduction.kept[0]
-                targets[sequence.row, here] = torch.where(target >= 0, target + pad, -1)
-                count = int(stays.sum())
-                if count < n:
-                    kept = stays
-                    _check_first(run.strategy.name, site, sequence.row, stays, past)
-                if decision.reduction.weighting == "plain":
-                    size[sequence.row, here] = 1
-            if isinstance(decision.span, Span):
-                span = decision.span
-                count = min(span.sinks + span.window, n)
-            looks.record(sequence, sequence.parts[0], run, site, decision, n, n if count is None else count, 0)
-        spans.append(span)
-        counts.append(CacheCount(count, span is not None))
-        remain.append(kept)
-    plan.end = past + totals + batch.draft
-    merged, bounded = any(kept is not None for kept in remain), any(span is not None for span in spans)
-    if not merged and not bounded:
+                assert decision.reduction.counts is not None
+                reductions[row], count = decision.reduction, decision.reduction.counts[0]
+            if decision.span is not None:
+                spans[row], count = decision.span, min(decision.span.sinks + decision.span.window, n)
+            looks.record(sequence, ask.part, ask.run, site, decision, n, n if count is None else count, 0)
+            counts[row] = CacheCount(count, spans[row] is not None)
+    plan.end = facts.end
+    going = {s.row for s in batch.sequences if s.row in reductions and counts[s.row].tokens < len(s)}  # type: ignore[operator]
+    bounded = any(span is not None for span in spans)
+    if not going and not bounded:
         known = cache is not None and cache.position is not None
-        plan.position = position if known or batch.index is not None else None
+        plan.position = facts.position if known or batch.index is not None else None
         return [CacheCount()] * len(counts)
-    plan.whole = not merged and _sees_all(batch, cache, spans)
+    plan.whole = not going and _sees_all(batch, cache, spans)
+    plan.position = facts.position
+    kept: dict[int, Tensor] = {}
+    if going:
+        kept = _reduce(batch, reductions, facts, plan, site, x.shape[1])
     if not plan.whole:
-        for row, (sequence, kept) in enumerate(zip(batch.sequences, remain, strict=True)):
-            n, count = len(sequence), counts[row].tokens
-            seen = kv_pairs(n, n if count is None else count, True) if kept is None else _pairs_in_blocks(kept)
+        for sequence in batch.sequences:
+            n, row = len(sequence), sequence.row
+            count = counts[row].tokens
+            seen = _pairs_in_blocks(kept[row]) if row in going else kv_pairs(n, n if count is None else count, True)
             counts[row] = counts[row]._replace(pairs=seen)
-    plan.position = position
-    if merged:
-        plan.reduction, plan.size = Reduction(targets), size
     if bounded:
-        plan.span = _spans(cache, spans, x.device)
+        _bound(cache, spans, batch, plan, x.device)
     if cache is None:
         raise UnsupportedError("stages at `kv` sites need a KV cache; call with use_cache=True")
     return counts
+
+
+class Facts(NamedTuple):
+    """What all layers with the same tokens in their caches share. m columns in each of B rows."""
+
+    position: Tensor
+    """(B, m) long, place of each token in its sequence, earlier turns included; −1 on padding."""
+    past: Tensor
+    """(B,) long, tokens of earlier turns."""
+    end: Tensor
+    """(B,) long, position after the last token, the draft included."""
+
+
+def _facts(batch: Batch, cache: TokenLayer | None, x: Tensor) -> Facts:
+    def make() -> Facts:
+        rows, width, device = x.shape[0], x.shape[1], x.device
+        past = tokens_before(cache, rows, device).to(device)
+        end = past + torch.tensor([s.total + batch.draft for s in batch.sequences], device=device)
+        position = torch.full((rows, width), -1, dtype=torch.long, device=device)
+        for sequence in batch.sequences:
+            position[sequence.row, batch.columns_of(len(sequence), width)] = sequence.alive + past[sequence.row]
+        if batch.draft:
+            position[:, width - batch.draft :] = end[:, None] + torch.arange(-batch.draft, 0, device=device)
+        return Facts(position, past, end)
+
+    held = None if cache is None else (cache.held, cache.end, cache.not_padding)
+    number, *parts = held or (0, None, None)
+    key = ("facts", number, x.device)
+    return shared(batch.known, key, (*parts, *(s.alive for s in batch.sequences)), make)  # type: ignore[no-any-return]
+
+
+def _reduce(
+    batch: Batch, reductions: dict[int, Reduction], facts: Facts, plan: KvPlan, site: Site, width: int
+) -> dict[int, Tensor]:
+    """Write the reductions of all rows into `plan` as one. Returns which tokens are kept, (n,) bool on the CPU, of each row.
+
+    One copy to the host for the whole batch: it tells how many keys each block of queries can see.
+    """
+    device = facts.position.device
+    everything = torch.arange(width, device=device)
+    targets = torch.where(facts.position >= 0, everything, -1)
+    size = torch.ones_like(targets)
+    for sequence in batch.sequences:
+        here = batch.columns_of(len(sequence), width)
+        size[sequence.row, here] = sequence.size
+        reduction = reductions.get(sequence.row)
+        if reduction is not None:
+            target = reduction.target[0]
+            targets[sequence.row, here] = torch.where(target >= 0, target + here.start, -1)
+            if reduction.weighting == "plain":
+                size[sequence.row, here] = 1
+    # With them, whether a token of an earlier turn is there for a first query whose own key goes.
+    stays, past = torch.cat([(targets == everything).long(), facts.past[:, None]], 1).cpu().split([width, 1], 1)
+    totals, kept = stays.sum(1).tolist(), {}
+    for sequence in batch.sequences:
+        row = sequence.row
+        kept[row] = stays[row, batch.columns_of(len(sequence), width)].bool()
+        if not kept[row][0] and not int(past[row]):
+            raise PluginError(
+                f"strategy {_names(sequence, site)} at {site} leaves the first token of row {row} nothing to attend to; keep "
+                "that token"
+            )
+    plan.reduction = Reduction(targets, counts=tuple(totals))
+    plan.size = size
+    longest = max(totals)
+    missing = longest - torch.tensor(totals)
+    blocks = [*range(SPAN_BLOCK, width, SPAN_BLOCK), width]
+    plan.borders = (stays.cumsum(1) + missing[:, None]).amax(0)[torch.tensor(blocks) - 1].tolist()
+    return kept
+
+
+def _names(sequence: TokenSequence, site: Site) -> str:
+    return ", ".join(run.strategy.name for run in sequence.conductor.runs if site in run.sites)
+
+
+def _bound(
+    cache: TokenLayer | None, spans: Many[Span | None], batch: Batch, plan: KvPlan, device: torch.device
+) -> None:
+    """Write the spans of all rows into `plan`. A row without vision tokens now goes on with the span it had, if it had one."""
+    earlier = None if cache is None else cache.span
+    given = tuple((0, EVERYTHING) if span is None else (span.sinks, span.window) for span in spans)
+    key = ("span", given, device)
+    plan.span = shared(batch.known, key, (), lambda: torch.tensor(given, device=device))
+    plan.uniform = len(set(given)) == 1
+    sinks, windows = zip(*given, strict=True)
+    if earlier is not None and cache is not None and None in spans:
+        new = torch.tensor([[span is not None] for span in spans], device=device)
+        plan.span = torch.where(new, plan.span, earlier.to(device))
+        plan.uniform = False
+        sinks, windows = (*sinks, cache.limit[0]), (*windows, cache.limit[1])
+    plan.limit = max(sinks), max(windows)
+    if (cache is None or not cache.held) and batch.index is None and plan.reduction is None:
+        plan.shortest = min(len(sequence) for sequence in batch.sequences) + batch.draft
 
 
 def _sees_all(batch: Batch, cache: TokenLayer | None, spans: Many[Span | None]) -> bool:
@@ -108,22 +182,6 @@ def _sees_all(batch: Batch, cache: TokenLayer | None, spans: Many[Span | None]) 
         return False
     ends = [cache.held + sequence.total + batch.draft for sequence in batch.sequences]
     return all(span is None or span.sinks + span.window >= end for span, end in zip(spans, ends, strict=True))
-
-
-def _check_first(name: str, site: Site, row: int, kept: Tensor, past: Tensor) -> None:
-    """PluginError where the first token's query would find no key at all: `kept` (n,) leaves its own out, and none is older."""
-    if not bool(kept[0]) and not int(past[row]):
-        raise PluginError(
-            f"strategy {name} at {site} leaves the first token of row {row} nothing to attend to; keep that token"
-        )
-
-
-def _spans(cache: TokenLayer | None, spans: Many[Span | None], device: torch.device) -> Tensor:
-    """(B, 2) long, sinks and window. A row without vision tokens now goes on with the span it had, if it had one."""
-    earlier = None if cache is None else cache.span
-    before = [[0, EVERYTHING]] * len(spans) if earlier is None else earlier.tolist()
-    now = [was if span is None else [span.sinks, span.window] for span, was in zip(spans, before, strict=True)]
-    return torch.tensor(now, device=device)
 
 
 def _pairs_in_blocks(kept: Tensor) -> int:

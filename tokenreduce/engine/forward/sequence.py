@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,9 +13,9 @@ from tokenreduce.errors import PluginError
 from tokenreduce.layout import roles
 from tokenreduce.planning.account import Account
 from tokenreduce.planning.schedule import Conductor, StageRun, takes_text
-from tokenreduce.plugin_checks import check_heads, check_reduction, lent, per_medium
+from tokenreduce.plugin_checks import check_heads, check_reduction, check_shape, lent, per_medium
 from tokenreduce.reduction import Reduction
-from tokenreduce.strategy import HOLDING, Site, StageContext
+from tokenreduce.strategy import HOLDING, Site, StageContext, Strategy
 
 AttentionSource = Callable[..., Tensor]
 """Of a TokenSequence and the arguments of `StageContext.attention`."""
@@ -188,6 +188,7 @@ class TokenSequence:
             fact_source=self._fact,
             tower_source=None if self.facts.tower is None else self._told,
             held_source=held,
+            total=self.total,
             per_medium=per_medium(run.strategy, site, conductor.depth),
             settle_source=partial(conductor.settle, run, site, tokens),
         )
@@ -195,12 +196,46 @@ class TokenSequence:
     def _fact(self, name: str) -> Tensor | None:
         """(n,) long: a fact of the tokens that are alive, a copy; None where it is not known."""
         fact = self.facts.role_of(self.slot) if name == "role" else getattr(self.facts, name)
-        return None if fact is None else fact[self.alive]
+        return None if fact is None else fact.to(self.alive.device)[self.alive]
+
+    def facts_of(self, strategy: Strategy, site: Site, reduction: Reduction, heads: int | None = None) -> Tensor | None:
+        """(3,) long: 1 where the reduction keeps the contract, tokens that stay, tokens dropped. None where that is known.
+
+        PluginError where it is no reduction of these tokens at all, or is a mixture that breaks the contract.
+        """
+        across, text = strategy.capabilities.across_media, takes_text(strategy, site)
+        if heads is not None:
+            self.check(strategy.name, site, reduction, across, heads, text)
+            return None
+        check_shape(f"strategy {strategy.name} at {site}", reduction, (1, len(self)), self.alive.device)
+        if reduction.proven:
+            return None
+        if reduction.mixture is not None or not len(self):
+            self.check(strategy.name, site, reduction, across, text=text)
+        target, n = reduction.target[0], len(self)
+        into, goes = target.clamp(0, max(n - 1, 0)), target >= 0
+        kept = target == torch.arange(n, device=target.device)
+        reducible, medium = self.reducible[self.alive] | text, self.medium[self.alive]
+        across = across or text
+        fair = (target < n) & kept[into] & reducible[into] & ((medium[into] == medium) | across)
+        good = kept | (reducible & ((target == -1) | (goes & fair & reduction.merges)))
+        return torch.stack([good.all().long(), kept.sum(), (target < 0).sum()])
+
+    def hold(
+        self, strategy: Strategy, site: Site, reduction: Reduction, good: int, stay: int, dropped: int
+    ) -> Reduction:
+        """The reduction with what is known of it (see `facts_of`). PluginError where it breaks the contract."""
+        if not good or reduction.counts not in (None, (stay,)):
+            self.check(
+                strategy.name, site, reduction, strategy.capabilities.across_media, text=takes_text(strategy, site)
+            )
+        return replace(reduction, counts=(stay,), dropped=dropped)
 
     def _told(self, name: str, block: int) -> Tensor:
         """(n, …) of a signal of the tower."""
         assert self.facts.tower is not None
-        return self.facts.tower(name, block)[self.alive]
+        told = self.facts.tower(name, block)
+        return told[self.alive.to(told.device)].to(self.alive.device)
 
     def check(
         self,
@@ -253,7 +288,10 @@ class TokenSequence:
         there = torch.where(target >= 0, new_place[target.clamp(min=0)], -1)
         self.place = torch.where(self.place >= 0, there[self.place.clamp(min=0)], -1)
         gone = len(self) - len(index)
-        merged = gone - int((target < 0).sum()) if reduction.merges else 0
+        dropped = reduction.dropped
+        if dropped is None:
+            dropped = 0 if reduction.proven else int((target < 0).sum())
+        merged = gone - dropped if reduction.merges else 0
         self.alive, self.size, self.whole = self.alive[index], left.size[0], False
         self.reducible_count -= gone
         return (

@@ -18,9 +18,9 @@ from tokenreduce.engine.forward.cache_stages import held_before, hold_less
 from tokenreduce.engine.forward.decode_stages import remember, step
 from tokenreduce.engine.forward.importance import AttentionRecord, reading_sites
 from tokenreduce.engine.forward.kv_stages import CacheCount, plan_kv
-from tokenreduce.engine.forward.looks import Looks
+from tokenreduce.engine.forward.looks import Ask, Looks, rounds
 from tokenreduce.engine.forward.peek import Peeked, peek
-from tokenreduce.engine.forward.sequence import TokenSequence
+from tokenreduce.engine.forward.sequence import Part, TokenSequence
 from tokenreduce.engine.model.parallel import total_heads
 from tokenreduce.engine.model.tap import Attention, DecoderFacts, attend_by_position, attend_by_row, causal_mask
 from tokenreduce.errors import PluginError, UnsupportedError
@@ -122,45 +122,37 @@ class Forward(Activity):
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
         """Let the stages act on the residual stream x (B, m, D) before attention or FFN; None if nothing changes."""
         self.move(x.device)
-        rows: list[Tensor] = []
+        rows = [x[s.row, self.batch.columns_of(len(s), x.shape[1])] for s in self.sequences]
         changed = False
-        for number, sequence in enumerate(self.sequences):
-            hidden = x[sequence.row, self.batch.columns_of(len(sequence), x.shape[1])]
-            for part in sequence.parts:
-                for run in part.conductor.due(site, part.tokens):
-                    before, merged = len(sequence), 0
-                    record = self.attention
-                    if run.strategy.capabilities.own_attention and site.kind == "pre_attention":
-                        record = self.own
-                        self._pay_for_look(sequence, site)
-                    decision = self.looks.ask(
-                        sequence,
-                        part,
-                        run,
-                        site,
-                        hidden,
-                        None if record is None else partial(self.importance, record=record),
-                        None if record is None else partial(self.keys_and_values, sequence, record),
-                    )
-                    reduction = decision.reduction
-                    if reduction is not None and (
-                        reduction.mixture is not None or before != (reduction.counts or (int(reduction.kept.sum()),))[0]
-                    ):
-                        left, self.passengers[number], merged = sequence.apply(
-                            reduction, hidden, self.passengers[number]
-                        )
-                        assert left is not None
-                        hidden, changed = left, True
-                        part.reducible_count -= before - len(sequence)
-                    decision = self._told(run, site, decision)
-                    self.looks.record(sequence, part, run, site, decision, before, len(sequence), merged)
-            rows.append(hidden)
+        for now in rounds(self.sequences, site):
+            asked = [self._ask(sequence, part, run, site, rows[sequence.row]) for sequence, part, run in now]
+            for ask, decision in zip(asked, self.looks.ask(asked, site), strict=True):
+                sequence, reduction = ask.sequence, decision.reduction
+                row, before, merged = sequence.row, len(sequence), 0
+                if reduction is not None and (reduction.mixture is not None or reduction.counts != (before,)):
+                    left, self.passengers[row], merged = sequence.apply(reduction, rows[row], self.passengers[row])
+                    assert left is not None
+                    rows[row], changed = left, True
+                    ask.part.reducible_count -= before - len(sequence)
+                decision = self._told(ask.run, site, decision)
+                self.looks.record(sequence, ask.part, ask.run, site, decision, before, len(sequence), merged)
         if site.kind == "pre_attention":
             self.own = None
         last = None if self.attention is None else self.attention.layer
         if not any(read > site.order and self.reads_from.get(read) == last for read in self.reads):
             self.attention = None  # No stage will read it: as many bytes as the residual stream.
         return self.batch.pack(rows, x) if changed else None
+
+    def _ask(self, sequence: TokenSequence, part: Part, run: StageRun, site: Site, hidden: Tensor) -> Ask:
+        """`run` is to be asked about `part`, given the hidden (n, D) of `sequence`, and may read the attention that there is."""
+        record = self.attention
+        if run.strategy.capabilities.own_attention and site.kind == "pre_attention":
+            record = self.own
+            self._pay_for_look(sequence, site)
+        if record is None:
+            return Ask(sequence, part, run, hidden)
+        held = partial(self.keys_and_values, sequence, record)
+        return Ask(sequence, part, run, hidden, partial(self.importance, record=record), held)
 
     def look_ahead(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn what `module`, layer `layer`, is about to attend with."""
@@ -322,12 +314,11 @@ class Forward(Activity):
             self.attention = AttentionRecord.of(layer, query, key, kwargs, value)
             if self.implementation == "sdpa":
                 watched = self.attention.rows.around(base)
-        if cache is not None and cache.seen[0] is not None:
-            position = self._query_positions(cache, query)
+        if cache is not None and cache.seen is not None:
             if self.implementation not in ("sdpa", "eager"):
                 raise UnsupportedError(f"stages at `kv` sites need sdpa or eager attention, not {self.implementation}")
             return attend_by_position(
-                base, module, query, key, value, cache, position, self.implementation, SPAN_BLOCK, kwargs
+                base, module, query, key, value, cache, self.implementation, SPAN_BLOCK, self.joined, kwargs
             )
         if (
             self.batch.index is not None
@@ -341,21 +332,6 @@ class Forward(Activity):
         if self.batch.index is not None or (cache is not None and cache.reduced):
             mask = self._causal_mask(query, key.shape[-2], cache)
         return watched(module, query, key, value, mask, **kwargs)
-
-    def _query_positions(self, cache: TokenLayer, query: Tensor) -> Tensor:
-        """(B, q): positions of the queries, −1 on padding: they are the newest tokens of their rows."""
-        rows, _, count, _ = query.shape
-        if self.sequences:
-            position = torch.full((rows, count), -1, dtype=torch.long, device=query.device)
-            assert cache.end is not None
-            for s in self.sequences:
-                start = cache.end[s.row] - self.batch.draft - s.total
-                position[s.row, self.batch.columns_of(len(s), count)] = s.alive + start
-            draft = torch.arange(-self.batch.draft, 0, device=query.device)
-            position[:, count - self.batch.draft :] = cache.end[:, None] + draft
-            return position
-        assert cache.position is not None
-        return cache.position[:, -count:]
 
     def _causal_mask(self, query: Tensor, keys: int, cache: TokenLayer | None) -> Tensor | None:
         """The causal mask over the tokens that are really there. Layers of one stage, one after the other, share it."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tokenreduce.engine.model import tap
+from tokenreduce.errors import UnsupportedError
 
 
 class Hook:
@@ -26,6 +27,11 @@ class Hook:
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         method = self.method()
         if method is None or self.module() is not module:
+            if method is not None and getattr(module, "_is_replica", False):
+                raise UnsupportedError(
+                    "torch.nn.DataParallel runs copies of the model, which no pipeline is attached to; use one process per GPU "
+                    "(torchrun), or device_map"
+                )
             return None
         if torch.compiler.is_compiling():  # Asked because to be disabled costs as much again, at every token.
             return _outside_the_graph(method, *self.extra, module, *args)

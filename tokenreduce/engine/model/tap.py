@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from tokenreduce.engine.cache.layers import TokenLayer, running
+from tokenreduce.engine.cache.layers import Joined, TokenLayer, running, shared
 from tokenreduce.errors import UnsupportedError
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -173,7 +173,7 @@ def causal_mask(implementation: str, config: Any, query: Tensor, keys: int, vali
         kv_offset=0,
         mask_function=causal_mask_function,
         attention_mask=valid,
-        allow_is_causal_skip=True,
+        allow_is_causal_skip=valid is None,  # Else it would ask whether there really is padding.
         use_vmap=False,
         dtype=mask_dtype(query),
         config=config,
@@ -214,45 +214,86 @@ def attend_by_position(
     key: Tensor,
     value: Tensor,
     layer: TokenLayer,
-    position: Tensor,
     implementation: str,
     block: int,
+    known: Joined,
     kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """Attention at a layer whose keys were reduced at a `kv` site: what a query sees goes by positions.
+) -> tuple[Tensor, Tensor | None]:
+    """Attention at a layer whose keys were reduced at a `kv` site: what a query sees goes by positions (`layer.seen`).
 
-    query: (B, H, q, d) at `position` (B, q), −1 on padding. The keys' positions and validity come from `layer.seen`, the span
-    from its own. Works block by block over the queries of each row, so that no q×keys mask is ever whole.
+    query: (B, H, q, d). Works block by block over the queries, so that no q×keys mask is ever whole, with all rows at once. Which
+    keys a block can see follows from numbers alone: positions grow by at least one from key to key, so that a window of w
+    positions lies within the last w keys. known: what layers of this forward share, masks among it.
     """
-    places, valid = layer.seen
-    assert places is not None
-    rows, heads, count, _ = query.shape
-    out = query.new_zeros(rows, count, heads, value.shape[-1])
-    for row in range(rows):
-        sinks, window = (0, None) if layer.span is None else layer.span[row].tolist()
-        first_query = int((position[row] < 0).sum())
-        keys, values, seen = key[row : row + 1], value[row : row + 1], places[row]
-        if valid is not None:
-            keys, values, seen = keys[:, :, valid[row]], values[:, :, valid[row]], seen[valid[row]]
-        for start in range(first_query, count, block):
-            stop = min(start + block, count)
-            at = position[row, start:stop]
-            low, high = int(at[0]), int(at[-1])
-            end = int(torch.searchsorted(seen, high, right=True))
-            begin = 0 if window is None else int(torch.searchsorted(seen, low - window + 1))
-            ahead = min(begin, int(torch.searchsorted(seen, sinks)))
-            k, v, where = keys[:, :, begin:end], values[:, :, begin:end], seen[begin:end]
-            if ahead:
-                k = torch.cat([keys[:, :, :ahead], k], 2)
-                v = torch.cat([values[:, :, :ahead], v], 2)
-                where = torch.cat([seen[:ahead], where])
-            allowed = where[None] <= at[:, None]
-            if window is not None:
-                allowed &= (where[None] < sinks) | (at[:, None] - where[None] < window)
-            mask: Tensor = allowed[None, None]
-            if implementation == "eager":
-                dtype = mask_dtype(query)
-                mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
-            part, _ = base(module, query[row : row + 1, :, start:stop], k, v, mask, **kwargs)
-            out[row, start:stop] = part[0]
-    return out, None
+    seen, count, held = layer.seen, query.shape[2], key.shape[2]
+    assert seen is not None
+    if seen.columns is not None:
+        sinks, window = seen.columns
+        if sinks + window < held:
+            key, value = (torch.cat([x[:, :, :sinks], x[:, :, held - window :]], 2) for x in (key, value))
+        return base(module, query, key, value, None, **kwargs)
+    sinks, window = (0, held) if layer.span is None else layer.limit
+    parts = []
+    for number, start in enumerate(range(0, count, block)):
+        stop = min(start + block, count)
+        later = count - stop if seen.borders is None else seen.borders[-1] - seen.borders[number]
+        end = held - later
+        begin = 0 if seen.borders is not None else max(0, held - count + start - window + 1)
+        ahead = min(begin, sinks)
+        facts = seen.position, seen.valid, seen.queries, layer.span
+        mask, first = shared(
+            known,
+            ("mask", start, begin, end, ahead, implementation),
+            facts,
+            lambda: _position_mask(layer, slice(start, stop), begin, end, ahead, implementation, query),  # noqa: B023
+        )
+        k, v = key[:, :, begin:end], value[:, :, begin:end]
+        if ahead:
+            k, v = (
+                torch.cat([x[:, :, :ahead] if first is None else _columns(x, first), part], 2)
+                for x, part in ((key, k), (value, v))
+            )
+        parts.append(base(module, query[:, :, start:stop], k, v, mask, **kwargs)[0])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+
+
+def _position_mask(
+    layer: TokenLayer, rows: slice, begin: int, end: int, ahead: int, implementation: str, query: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Mask (B, 1, q, k) for the queries `rows` and the first `ahead` tokens, then the key columns from `begin` to `end`.
+
+    Also (B, ahead) long, the columns of those first tokens, None where they are simply the first. Padding sees all keys, so that
+    no row of scores is empty.
+    """
+    seen = layer.seen
+    assert seen is not None
+    places, at, first = seen.position[:, begin:end], seen.queries[:, rows, None], None
+    real = None if seen.valid is None else seen.valid[:, begin:end]
+    if ahead:
+        columns = torch.arange(ahead, device=places.device)[None]
+        if seen.valid is not None:
+            first = columns = (seen.valid.to(torch.uint8).argmax(1, keepdim=True) + columns).clamp(max=end - 1)
+        there = columns < begin
+        own = seen.position[:, :ahead] if first is None else seen.position.gather(1, first)
+        places = torch.cat([own, places], 1)
+        if real is not None:
+            assert seen.valid is not None
+            there = there & seen.valid.gather(1, columns)
+            real = torch.cat([there, real], 1)
+    allowed = places[:, None] <= at
+    if layer.span is not None:
+        spans = layer.span[:, :, None, None]
+        allowed &= (places[:, None] < spans[:, 0]) | (at - places[:, None] < spans[:, 1])
+    if real is not None:
+        allowed &= real[:, None]
+        allowed |= at < 0
+    mask: Tensor = allowed[:, None]
+    if implementation == "eager":
+        dtype = mask_dtype(query)
+        mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    return mask, first
+
+
+def _columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Columns (B, n) of keys or values (B, G, k, d)."""
+    return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))

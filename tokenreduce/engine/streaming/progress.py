@@ -38,7 +38,7 @@ class Ledger:
         self._source: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._flops = [0] * shape.layers
-        self._before: list[tuple[int, Tensor | None]] = []
+        self._before: list[int] = []
 
     def check(self, layout: TokenLayout) -> None:
         """LayoutError where media or frames go back: a run that has been closed cannot be opened again."""
@@ -76,21 +76,16 @@ class Ledger:
 
     def before(self, layers: list[TokenLayer]) -> None:
         """Before a piece: what the cache holds."""
-        self._before = [(layer.held, layer.position) for layer in layers]
+        self._before = [layer.held for layer in layers]
 
     def after(self, layers: list[TokenLayer], position: Tensor) -> None:
         """After a piece, whose tokens stand at `position` (m,)."""
         m = len(position)
-        found: dict[tuple[int, int, int], int] = {}
-        for number, (layer, (held, old)) in enumerate(zip(layers, self._before, strict=True)):
+        for number, (layer, held) in enumerate(zip(layers, self._before, strict=True)):
             pairs = m * (held + m)
             if layer.position is not None:
-                sinks, window = (0, None) if layer.span is None else layer.span[0].tolist()
-                key = (held, sinks, -1 if window is None else window)
-                if key not in found:
-                    seen = position if old is None else torch.cat([old[0], position])
-                    found[key] = pairs_seen(seen, position, sinks, window)
-                pairs = found[key]
+                sinks, window = (0, None) if layer.span is None else layer.limit
+                pairs = pairs_seen(held + m, m, sinks, window)
             self._flops[number] += cost.layer_flops(self.shape, m, m, pairs=pairs)
         self._kept.append(position)
 
@@ -147,12 +142,11 @@ class Ledger:
         )
 
 
-def pairs_seen(seen: Tensor, position: Tensor, sinks: int, window: int | None) -> int:
-    """(query, key) pairs of `attend_by_position`: queries at `position` (q,), keys at `seen` (k,), both growing."""
-    starts = torch.arange(0, len(position), SPAN_BLOCK, device=position.device)
-    stops = (starts + SPAN_BLOCK).clamp(max=len(position))
-    keys = torch.searchsorted(seen, position[stops - 1], right=True)
-    if window is not None:
-        begin = torch.searchsorted(seen, position[starts] - window + 1)
-        keys = keys - begin + begin.clamp(max=int(torch.searchsorted(seen, sinks)))
-    return int(((stops - starts) * keys).sum())
+def pairs_seen(held: int, count: int, sinks: int, window: int | None) -> int:
+    """(query, key) pairs of `attend_by_position`, where the last `count` of `held` tokens in the cache are the queries."""
+    pairs = 0
+    for start in range(0, count, SPAN_BLOCK):
+        stop = min(start + SPAN_BLOCK, count)
+        begin = 0 if window is None else max(0, held - count + start - window + 1)
+        pairs += (stop - start) * (held - count + stop - begin + min(begin, sinks))
+    return pairs

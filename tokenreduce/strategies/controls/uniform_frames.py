@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -32,20 +33,22 @@ class UniformFrames(Strategy):
 
     config: Config
 
+    def measure(self, ctx: StageContext) -> torch.Tensor:
+        """(n,) long: each token's frame, −1 for what may not go. Frames of all media in the order of the input."""
+        return torch.where(ctx.reducible, ctx.medium * (ctx.frame.max() + 1) + ctx.frame, -1)
+
     def decide(self, ctx: StageContext) -> Reduction:
         """See the class."""
-        count = self.keep_count(ctx)
-        reach = int(ctx.frame.max()) + 1
-        # Frames of all media in the order of the input: (medium, frame) as one number.
-        key = torch.where(ctx.reducible, ctx.medium * reach + ctx.frame, -1)
-        frames, sizes = key[ctx.reducible].unique(return_counts=True)
+        count, key = self.keep_count(ctx), torch.tensor(self.measured(ctx))
+        frames, sizes = key[key >= 0].unique(return_counts=True)
         # No frame is smaller than the smallest: a bound that is met at once where all are alike.
         for kept in range(min(len(frames), count // int(sizes.min())), 0, -1):
             places = _spread(kept, len(frames))
-            if int(sizes[places].sum()) <= count:
-                return Reduction.keep((torch.isin(key, frames[places]) | ~ctx.reducible)[None])
+            left = int(sizes[places].sum())
+            if left <= count:
+                return _whole_frames(ctx, key, frames[places], left)
         self._first(ctx, count, int(sizes[0]))
-        return Reduction.keep((torch.isin(key, frames[:1]) | ~ctx.reducible)[None])
+        return _whole_frames(ctx, key, frames[:1], int(sizes[0]))
 
     def forecast(self, view: CountView) -> Outcome:
         """Whole frames, taking all to be of one size, at least one; where nothing is known of frames, the allowance."""
@@ -57,6 +60,13 @@ class UniformFrames(Strategy):
 
     def _first(self, ctx: StageContext | CountView, count: int, size: int) -> int:
         return ctx.at_least(size, f"uniform_frames may keep {count} vision tokens, and its first frame has {size}")
+
+
+def _whole_frames(ctx: StageContext, key: torch.Tensor, frames: torch.Tensor, left: int) -> Reduction:
+    """Keep the tokens whose `key` (n,) is one of `frames`, `left` of them, and what may not go."""
+    stays = (torch.isin(key, frames) | (key < 0)).to(ctx.reducible.device)
+    kept = Reduction.keep(stays[None], counts=(ctx.n - ctx.reducible_count + left,))
+    return replace(kept, proven=True)
 
 
 def _spread(kept: int, total: int) -> list[int]:

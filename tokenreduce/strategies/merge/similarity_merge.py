@@ -5,13 +5,15 @@ Paper: Fu et al., FrameFusion (2025), §4.1 for the stage, §7 for N_max.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tokenreduce.amounts import layer_of
 from tokenreduce.ops.carry import Carry
 from tokenreduce.ops.similarity import cosine_to, merge_runs, previous_in_slot, within_span
 from tokenreduce.ops.topk import top_mask
-from tokenreduce.reduction import Weighting
+from tokenreduce.reduction import Reduction
 from tokenreduce.strategies.merge.similarity_config import SimilarityConfig
 from tokenreduce.strategy import (
     Capabilities,
@@ -71,30 +73,43 @@ class SimilarityMerge(Strategy):
             raise self.cannot_stream("`stop_below` is a share of the whole video; write `stop_below: 0`")
         return Carry(config.threshold, config.max_run)
 
-    def decide(self, ctx: StageContext) -> Decision:
-        """See the class."""
-        config = self.config
-        previous = previous_in_slot(ctx.slot, ctx.medium, ctx.reducible)
-        similarity = cosine_to(ctx.hidden, previous)
-        if config.threshold is None:
-            return merge_most_similar(ctx, previous, similarity, self.keep_count(ctx, "merge"), config.weighting)
-        similar = similarity >= config.threshold
+    def measure(self, ctx: StageContext) -> torch.Tensor:
+        """(1,) long: how many tokens are similar; without a threshold, how many could merge at all."""
+        config, known = self.config, ctx.kept_for_decide
+        previous = known["previous"] = previous_in_slot(ctx.slot, ctx.medium, ctx.reducible)
+        similarity = known["similarity"] = cosine_to(ctx.hidden, previous)
+        similar = similarity > -torch.inf if config.threshold is None else similarity >= config.threshold
         if config.max_run is not None:
             similar = within_span(ctx.frame, previous, similar, config.max_run)
-        count = int(similar.sum())
+        known["similar"] = similar
+        return similar.sum()[None]
+
+    def decide(self, ctx: StageContext) -> Decision:
+        """See the class."""
+        config, (count,) = self.config, self.measured(ctx)
+        similar = ctx.kept_for_decide["similar"]
+        if config.threshold is None:
+            merges = ctx.reducible_count - _mergeable(ctx, self.keep_count(ctx, "merge"), count)
+            return Decision(self._merge(ctx, self._most(ctx, merges), merges), note=f"{merges} merged")
         share = count / max(ctx.reducible_count, 1)
         note = f"{share:.1%} similar"
         if ctx.has_budget and ctx.reducible_count - count <= ctx.allowance("bound"):
             merges = ctx.reducible_count - min(ctx.allowance("merge"), ctx.reducible_count)
-            similar = top_mask(similarity, merges, similar)
-            target = merge_runs(previous, similar)
-            return Decision(
-                ctx.merge(target, config.weighting), finished=True, budget_met=True, note=f"{note}, {merges} allowed"
-            )
+            chosen, note = self._most(ctx, merges), f"{note}, {merges} allowed"
+            return Decision(self._merge(ctx, chosen, merges), finished=True, budget_met=True, note=note)
         below = share < config.stop_below
         if below and not config.merge_below:
             return Decision(finished=True, consumed=False, note=note)
-        return Decision(ctx.merge(merge_runs(previous, similar), config.weighting), finished=below, note=note)
+        return Decision(self._merge(ctx, similar, count), finished=below, note=note)
+
+    def _most(self, ctx: StageContext, merges: int) -> torch.Tensor:
+        """(n,) bool: the `merges` most similar of the similar ones."""
+        return top_mask(ctx.kept_for_decide["similarity"], merges, ctx.kept_for_decide["similar"])
+
+    def _merge(self, ctx: StageContext, similar: torch.Tensor, merges: int) -> Reduction:
+        """Each of the `merges` tokens in `similar` (n,) bool goes into the first of its run: so many go, and no other."""
+        target = merge_runs(ctx.kept_for_decide["previous"], similar)
+        return replace(ctx.merge(target, self.config.weighting), counts=(ctx.n - merges,), proven=True)
 
     def forecast(self, view: CountView) -> Outcome:
         """As `decide`, taking `view.similar` of the tokens for similar at the first look and none at later ones."""
@@ -114,16 +129,6 @@ class SimilarityMerge(Strategy):
         if below and not config.merge_below:
             return Outcome(view.reducible_count, finished=True, consumed=False)
         return Outcome(view.reducible_count - count, finished=below)
-
-
-def merge_most_similar(
-    ctx: StageContext, previous: torch.Tensor, similarity: torch.Tensor, keep: int, weighting: Weighting
-) -> Decision:
-    """Merge the most similar so that `keep` reducible tokens stay. previous: (n,) long; similarity: (n,), −inf for none."""
-    candidates = similarity > -torch.inf
-    merges = ctx.reducible_count - _mergeable(ctx, keep, int(candidates.sum()))
-    target = merge_runs(previous, top_mask(similarity, merges, candidates))
-    return Decision(ctx.merge(target, weighting), note=f"{merges} merged")
 
 
 def _mergeable(ctx: StageContext | CountView, keep: int, possible: int) -> int:
