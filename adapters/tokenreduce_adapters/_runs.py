@@ -176,7 +176,7 @@ def encoded_features(prompt: Prompt, kind: Kind) -> Sequence[Tensor] | None:
     if "last_hidden_state" not in output:
         raise UnsupportedError(
             f"the {kind} features of this forward are a piece of a chunked prefill (they have no last_hidden_state), which is "
-            "not supported because a chunk may end inside a frame; unset prefill_chunk_size"
+            "not supported because a chunk may end inside a frame; unset prefill_chunk_size, or feed pieces with tr.stream"
         )
     return output["pooler_output"]  # type: ignore[no-any-return]
 

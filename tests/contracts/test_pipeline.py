@@ -82,9 +82,9 @@ STAGES = "name: x\nstages:\n  - strategy: fastv\n    keep: 0.5\n  - strategy: si
         (STAGES + "from: 3\n    until: 1\n", "bad.yaml:5:5: stages[1]: `until: 1` comes before `from: 3`"),
         (
             "stages:\n  - strategy: fastvv\n",
-            "bad.yaml:2:15: stages[0].strategy: unknown strategy 'fastvv'; did you mean 'fastv'? (known: fastv, ",
+            "bad.yaml:2:15: stages[0].strategy: unknown strategy 'fastvv'; did you mean 'fastv'? (known: aim, ",
         ),
-        ("stages:\n  - at: 2\n", "bad.yaml:2:5: stages[0]: the field 'strategy' is missing; it names one of fastv,"),
+        ("stages:\n  - at: 2\n", "bad.yaml:2:5: stages[0]: the field 'strategy' is missing; it names one of aim,"),
         ("stages:\n  - strategy: [fastv]\n", "bad.yaml:2:15: stages[0].strategy: unknown strategy ['fastv']"),
         ("stages:\n  - fastv\n", "bad.yaml:2:5: stages[0]: expected a mapping with `strategy`, got 'fastv'"),
         (

@@ -104,7 +104,7 @@ class Case:
     def alone(self, row: int) -> Case:
         """That row without the others and without padding."""
         inside = slice(self.layout.shape[1] - self.lengths[row], None)
-        facts = {name: getattr(self.layout, name)[row : row + 1, inside] for name in vars(self.layout)}
+        facts = {name: x[row : row + 1, inside] for name, x in vars(self.layout).items() if x is not None}
         return Case(
             self.depth, tr.TokenLayout(**facts), self.mask[row : row + 1, inside], self.x[row : row + 1, inside],
             self.pipeline, self.budget, self.look,

@@ -27,7 +27,7 @@ from tokenreduce.config.outputs import write_file
 from tokenreduce.errors import CheckpointError, TokenReduceError
 from tokenreduce.hookspecs import PROJECT
 from tokenreduce.models.loading import checkpoint_folder
-from tokenreduce.models.placement import best_device
+from tokenreduce.models.placement import best_device, device_name
 from tokenreduce.pipeline import Pipeline
 from tokenreduce.testbed.embedded import EMBEDDED, WEIGHTS
 
@@ -104,9 +104,7 @@ def environment(device: Any = None) -> dict[str, str]:
     """Versions of what computes, and the device. device: the one asked for, if any."""
     kind = str(device or best_device())
     if kind.startswith("cuda"):
-        import torch
-
-        kind = f"{kind} ({torch.cuda.get_device_name(kind)})"
+        kind = f"{kind} ({device_name(kind)})"
     elif kind == "cpu":
         kind = f"cpu ({_processor()})"
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "device": kind}

@@ -20,6 +20,7 @@ from tokenreduce.compare.summary import summarise
 from tokenreduce.compare.tasks import Task
 from tokenreduce.compare.worker import Done, Worker
 from tokenreduce.config.yaml_source import parse_yaml
+from tokenreduce.errors import TokenReduceError
 from tokenreduce.pipeline import load_pipeline
 from tokenreduce.testbed.embedded import EMBEDDED, unread
 
@@ -134,6 +135,12 @@ def report_only(folder: Path) -> dict[str, Any]:
     the folder that it is in."""
     store = Store.read(folder)
     store.check_rows()
+    names = [arm["name"] for arm in store.settings["arms"]]
+    if store.settings["baseline"] not in names:
+        raise TokenReduceError(
+            f"{folder / 'settings.json'}: baseline: {store.settings['baseline']!r:.60} is none of the arms: {', '.join(names)}; "
+            "restore the file from a copy, or begin a new comparison"
+        )
     summary = summarise(store, [stored_arm(arm) for arm in store.settings["arms"]])
     return {**summary, "report": str(save_report(store, summary))}
 
