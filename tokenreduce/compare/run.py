@@ -135,10 +135,19 @@ def report_only(folder: Path) -> dict[str, Any]:
     the folder that it is in."""
     store = Store.read(folder)
     store.check_rows()
+    held = folder / "settings.json"
+    for place, arm in enumerate(store.settings["arms"]):
+        for field in ("name", "method", "model", "pipeline"):
+            dense = field == "pipeline" and field in arm and arm[field] is None
+            if not dense and not isinstance(arm.get(field), str):
+                raise TokenReduceError(
+                    f"{held}: arms[{place}].{field}: expected text, got {arm.get(field)!r:.60}; restore the file from a copy, or "
+                    "begin a new comparison"
+                )
     names = [arm["name"] for arm in store.settings["arms"]]
     if store.settings["baseline"] not in names:
         raise TokenReduceError(
-            f"{folder / 'settings.json'}: baseline: {store.settings['baseline']!r:.60} is none of the arms: {', '.join(names)}; "
+            f"{held}: baseline: {store.settings['baseline']!r:.60} is none of the arms: {', '.join(names)}; "
             "restore the file from a copy, or begin a new comparison"
         )
     summary = summarise(store, [stored_arm(arm) for arm in store.settings["arms"]])

@@ -107,7 +107,8 @@ def _refuse_at_cache(strategies: Sequence[Strategy], budget: Budget, depth: int)
 
 
 def _check_shares(strategy: Strategy, sites: int) -> None:
-    keep = getattr(strategy.config, "keep", None)
+    keep, at = (getattr(strategy.config, name, None) for name in ("keep", "at"))
+    sites = len(at) if isinstance(at, (list, tuple)) else sites  # A stage may look at more layers than it acts at.
     if isinstance(keep, (list, tuple)) and len(keep) != sites:
         raise PipelineError(f"{strategy.name}: `keep` has {len(keep)} shares for {sites} layers in `at`")
 
