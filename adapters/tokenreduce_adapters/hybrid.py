@@ -24,7 +24,6 @@ REASONS = {
 """Types of `config.layer_types` that the engine does not serve."""
 OWN = {
     "jamba": "a cached forward of more than one token ignores the state in transformers itself, so later turns would be wrong",
-    "minimax": "its decoder runs only on a cache of its own, MiniMaxCache",
 }
 """Decoders whose layers are of types that the engine serves, and that it does not serve all the same."""
 

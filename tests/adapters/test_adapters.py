@@ -507,7 +507,6 @@ class Shell(nn.Module):
     ("config", "reason"),
     [
         (transformers.JambaConfig(), "ignores the state in transformers itself"),
-        (transformers.MiniMaxConfig(), "a cache of its own"),
         (transformers.MambaConfig(), "none of its layers has attention"),
         (transformers.FalconH1Config(), r"\(hybrid\), run attention and a state side by side"),
         (transformers.DeepseekV32Config(), r"\(indexed_attention\), choose what they attend to by an index"),
