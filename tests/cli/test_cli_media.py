@@ -68,3 +68,15 @@ def test_nonsense_is_not_taken_as_unset(
 def test_a_url_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "https://example.org/a.mp4", *QUICK, "--output", str(tmp_path / "out")]) == 2
     assert "error: https://example.org/a.mp4: a URL; download it first" in capsys.readouterr().err
+
+
+def test_the_demo_runs_beside_the_folder_that_it_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make demo` twice: the folder `demo` holds pictures, and is not taken for frames of a video."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    for name in ("comparison.png", "tokens_per_layer.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "demo" / name)
+    assert main(["run", "demo", *QUICK, "--output", "demo", "--force"]) == 0
+    assert "on the cyan tile?" in capsys.readouterr().out

@@ -105,7 +105,9 @@ def read_question(
     check_sampling(fps, max_frames)
     if question is not None and not question.strip():
         raise MediaError(f"the question is empty ({question!r}); leave it out to have the video described")
-    if video == DEMO and not Path(video).exists():
+    if (
+        video == DEMO and not Path(video).is_file()
+    ):  # `make demo` leaves a folder of this name; ./demo is a folder of frames.
         return _demo(question, model)
     path = local_path(video)
     info = None if path.is_dir() else video_info(path, allow_truncated=allow_truncated)
