@@ -208,16 +208,20 @@ class Reduction:
         share = torch.ldexp(torch.ones_like(total), -exponent)
         weight, own = (weight * share[into])[:, None], (weights[source] * share)[:, None]
         # A few columns at a time: of the sums in full precision, and of the members' copies, only one block lives.
-        parts = []
-        for some in flat.split(block_columns(out), 1):
+        block = block_columns(out)
+        for start in range(0, width, block):
+            columns = slice(start, start + block)
+            some = flat[:, columns]
+            # What indexing gives is ours to change: no second copy.
             values = some[members].to(exact)
             if not self.proven:  # A token that is dropped may be infinite.
-                values = torch.where(real[:, None], values, 0)
-            values = values.mul_(weight) if values.dtype != hidden.dtype else values * weight
-            summed = (some[source].to(exact) * own).index_add_(0, into, values)
-            parts.append((summed / total[:, None]).to(hidden.dtype))
-        averaged = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return torch.where(heads[:, None], averaged, out).view(rows, -1, width)
+                values.masked_fill_(~real[:, None], 0)
+            summed = some[source].to(exact).mul_(own).index_add_(0, into, values.mul_(weight))
+            del values
+            mean = summed.div_(total[:, None]).to(hidden.dtype)
+            del summed
+            out[:, columns] = torch.where(heads[:, None], mean, out[:, columns])
+        return out.view(rows, -1, width)
 
 
 def _mixed(mixture: Mixture, hidden: Tensor, out: Tensor, index: Tensor) -> Tensor:

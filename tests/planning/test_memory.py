@@ -336,23 +336,3 @@ def test_more_memory_is_never_fewer_frames() -> None:
     frames = [longest_video(arch, dense(arch), memory)["frames_by_memory"] for memory in memories]
     assert frames == sorted(frames)
     assert frames[0] == 0 < frames[-1]
-
-
-OFF = {
-    "test_the_worst_moment_of_a_prefill_is_forecast[streaming_llm-grouped]",
-    "test_the_worst_moment_of_a_prefill_is_forecast[streaming_llm-multi-head]",
-    "test_the_worst_moment_of_a_prefill_is_forecast[noncascaded_merge-grouped]",
-    "test_the_worst_moment_of_a_prefill_is_forecast[noncascaded_merge-multi-head]",
-    "test_stages_at_the_cache_of_a_decoder_with_a_narrow_ffn[2-noncascaded_merge]",
-    "test_stages_at_the_cache_of_a_decoder_with_a_narrow_ffn[4-noncascaded_merge]",
-    "test_a_decoder_whose_norm_takes_more_than_its_attention_and_its_ffn[fastv]",
-}
-
-
-@pytest.fixture(autouse=True)
-def _known_to_be_off(request: pytest.FixtureRequest) -> None:
-    """Attention at `kv` sites was rewritten to wait for no device (8d06bf5), and the forecast does not know its memory yet."""
-    if request.node.name in OFF:
-        request.applymarker(
-            pytest.mark.xfail(reason="the forecast does not know the memory of the new kv attention yet")
-        )

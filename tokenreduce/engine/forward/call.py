@@ -207,7 +207,8 @@ def sequences(
             check(strategies, its)
         elif bool((layout.slot[row] >= 0).any()):
             raise LayoutError(f"row {row} has vision tokens, and the pipeline protects all of them; nothing could fire")
-        slot, frame, medium, may_go = there[:, row, padding:]
+        # Of their own memory, so that what is common to all rows goes when they are made.
+        slot, frame, medium, may_go = (fact.clone() for fact in there[:, row, padding:])
         conductor = Conductor(strategies if count and not parts else [], its)
         facts = _facts(call, layout, row, slice(padding, prompt), ends)
         made.append(TokenSequence(row, columns, slot, frame, medium, may_go.bool(), count, conductor, facts, parts))

@@ -233,7 +233,8 @@ def attend_by_position(
             key, value = (torch.cat([x[:, :, :sinks], x[:, :, held - window :]], 2) for x in (key, value))
         return base(module, query, key, value, None, **kwargs)
     sinks, window = (0, held) if layer.span is None else layer.limit
-    parts = []
+    # One output, written block by block: parts put together at the end would hold it twice.
+    out = query.new_empty(query.shape[0], count, query.shape[1], value.shape[-1])
     for number, start in enumerate(range(0, count, block)):
         stop = min(start + block, count)
         later = count - stop if seen.borders is None else seen.borders[-1] - seen.borders[number]
@@ -241,8 +242,9 @@ def attend_by_position(
         begin = 0 if seen.borders is not None else max(0, held - count + start - window + 1)
         ahead = min(begin, sinks)
         facts = seen.position, seen.valid, seen.queries, layer.span
+        # Layers share a step's one mask. Those of a prefill, all blocks together, would be a mask of queries × keys.
         mask, first = shared(
-            known,
+            known if count <= block else {},
             ("mask", start, begin, end, ahead, implementation),
             facts,
             lambda: _position_mask(layer, slice(start, stop), begin, end, ahead, implementation, query),  # noqa: B023
@@ -253,8 +255,8 @@ def attend_by_position(
                 torch.cat([x[:, :, :ahead] if first is None else _columns(x, first), part], 2)
                 for x, part in ((key, k), (value, v))
             )
-        parts.append(base(module, query[:, :, start:stop], k, v, mask, **kwargs)[0])
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+        out[:, start:stop] = base(module, query[:, :, start:stop], k, v, mask, **kwargs)[0]
+    return out, None
 
 
 def _position_mask(
